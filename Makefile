@@ -1,0 +1,41 @@
+# Everything is installed into .venv; only make, python3 with venv, and the package registries are needed.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := setup.py setup.cfg pyproject.toml
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help run test torch lint test-install clean
+
+help: ## what can be made
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+
+run: .venv/.run ## the main job: a simulated robot under the certified controller, 30 s over ROS 2
+	@$(BIN)/laws demo
+
+test: lint ## all checks and tests (those of training need `make torch` first)
+	$(BIN)/pytest
+
+lint: .venv/.test ## style, types and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_import_rules.py
+
+torch: .venv/.run ## add PyTorch, for training policies (on PyPI it comes with CUDA, gigabytes)
+	$(BIN)/pip install --quiet torch==2.13.0
+
+test-install: .venv/.test ## pip installs into fresh environments (minutes)
+	$(BIN)/pytest -m slow tests/test_packaging.py
+
+clean: ## remove .venv and what tools left behind
+	rm -rf .venv build dist install log *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.run: $(SETUP)
+	@echo "installing into .venv (a minute or two the first time)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --editable '.[sim,ros]'
+	@touch $@
+
+.venv/.test: .venv/.run
+	@$(BIN)/pip install --quiet --editable '.[sim,gym,ros,test]'
+	@touch $@

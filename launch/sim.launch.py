@@ -1,0 +1,50 @@
+"""Simulator and controller; when one of them ends, so does the other."""
+
+from launch import LaunchDescription
+from launch.actions import DeclareLaunchArgument, EmitEvent, IncludeLaunchDescription, RegisterEventHandler
+from launch.event_handlers import OnProcessExit
+from launch.events import Shutdown
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
+from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
+from launch_ros.substitutions import FindPackageShare
+
+
+def generate_launch_description():
+    share = FindPackageShare("laws_ros")
+    default = PathJoinSubstitution([share, "config", "cartpole.yaml"])
+    return LaunchDescription(
+        [
+            # The arguments of controller.launch.py are arguments of this file, too.
+            DeclareLaunchArgument(
+                "params_file", default_value=default, description="YAML file with the nodes' parameters"
+            ),
+            DeclareLaunchArgument(
+                "namespace", default_value="", description="namespace of both nodes and their topics"
+            ),
+            DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal"),
+            DeclareLaunchArgument("seed", default_value="0", description="of the simulated episodes"),
+            DeclareLaunchArgument("duration_s", default_value="0.0", description="simulated seconds; 0: until stopped"),
+            DeclareLaunchArgument("real_time_factor", default_value="1.0", description="simulated seconds per second"),
+            RegisterEventHandler(OnProcessExit(on_exit=[EmitEvent(event=Shutdown(reason="a node has ended"))])),
+            IncludeLaunchDescription(
+                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "controller.launch.py"]))
+            ),
+            Node(
+                package="laws_ros",
+                executable="simulator",
+                namespace=LaunchConfiguration("namespace"),
+                parameters=[
+                    LaunchConfiguration("params_file"),
+                    {
+                        "seed": ParameterValue(LaunchConfiguration("seed"), value_type=int),
+                        "duration_s": ParameterValue(LaunchConfiguration("duration_s"), value_type=float),
+                        "real_time_factor": ParameterValue(LaunchConfiguration("real_time_factor"), value_type=float),
+                    },
+                ],
+                arguments=["--ros-args", "--log-level", LaunchConfiguration("log_level")],
+                output="screen",
+            ),
+        ]
+    )

@@ -1,0 +1,126 @@
+"""Gymnasium environments as workloads: Box observations (flattened), Box or Discrete actions."""
+
+from __future__ import annotations
+
+import difflib
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from laws_ros.core.card import Channel
+from laws_ros.core.errors import WorkloadError
+
+from .workloads import Step, Workload, WorkloadSpec, vector_action
+
+SUPPORTED = "supported are Box observations (flattened, no images) and Box or Discrete actions"
+
+
+def workload(name: str) -> Workload:
+    """The workload `gym:ENV_ID`.
+
+    Raises:
+        WorkloadError: unknown id, missing dependency, or spaces that are not supported.
+    """
+    env_id = name.partition(":")[2]
+    env = _make(env_id)
+    try:
+        observed, acted = env.observation_space, env.action_space
+        if not isinstance(observed, spaces.Box) or (observed.dtype == np.uint8 and len(observed.shape) > 1):
+            raise WorkloadError(f"{name}: observation space {_brief(observed)} cannot be used; {SUPPORTED}")
+        if not isinstance(acted, (spaces.Box, spaces.Discrete)):
+            raise WorkloadError(f"{name}: action space {_brief(acted)} cannot be used; {SUPPORTED}")
+        discrete = isinstance(acted, spaces.Discrete)
+        spec = WorkloadSpec(
+            name=name,
+            observations=_channels("x", observed),
+            actions=tuple(Channel(f"action{acted.start + i}") for i in range(acted.n))
+            if discrete
+            else _channels("u", acted),
+            discrete=discrete,
+            period_s=_period(env),
+            episode_steps=(env.spec and env.spec.max_episode_steps) or 1000,
+        )
+    finally:
+        env.close()
+    return Workload(spec, partial(_GymSimulation, spec, env_id))
+
+
+class _GymSimulation:
+    def __init__(self, spec: WorkloadSpec, env_id: str) -> None:
+        self._spec = spec
+        # The time limit is the spec's; the simulation itself can run on.
+        self._env = _make(env_id, max_episode_steps=-1)
+        self._steps = 0
+
+    @property
+    def time(self) -> float:
+        """Simulated seconds since the reset."""
+        return self._steps * self._spec.period_s
+
+    def reset(self, seed: int) -> NDArray[np.float32]:
+        self._steps = 0
+        return _flat(self._env.reset(seed=seed)[0])
+
+    def step(self, action: Any) -> Step:
+        observation, reward, terminated, truncated, _ = self._env.step(self._command(action))
+        self._steps += 1
+        return Step(_flat(observation), float(reward), bool(terminated or truncated))
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _command(self, action: Any) -> Any:
+        space = self._env.action_space
+        if isinstance(space, spaces.Box):
+            return vector_action(self._spec, action).reshape(space.shape).astype(space.dtype)
+        given = np.asarray(action).reshape(-1)
+        if given.shape != (1,) or given[0] not in range(int(space.n)):
+            raise WorkloadError(f"{self._spec.name}: action {action!r} is no index from 0 to {space.n - 1}")
+        return int(given[0]) + int(space.start)
+
+
+def _make(env_id: str, **options: Any) -> Any:
+    try:
+        return gymnasium.make(env_id, disable_env_checker=True, **options)
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise WorkloadError(f"gym:{env_id}: {_line(error)}") from None
+    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        near = difflib.get_close_matches(env_id, list(gymnasium.registry), n=3)
+        hint = f"; did you mean {' or '.join(f'gym:{n}' for n in near)}?" if near else ""
+        raise WorkloadError(f"gym:{env_id}: {_line(error)}{hint}") from None
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message; Gymnasium's own suggestions on later lines are left out."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _brief(space: Any) -> str:
+    """A space in a few words: the text of a nested or large one can fill pages."""
+    return f"{type(space).__name__}{space.shape} of {space.dtype}" if space.shape else type(space).__name__
+
+
+def _channels(letter: str, space: spaces.Box) -> tuple[Channel, ...]:
+    limits = zip(space.low.reshape(-1), space.high.reshape(-1), strict=True)
+    # A channel that cannot vary has no range that a card could hold it to.
+    return tuple(
+        Channel(f"{letter}{i}", "", float(low), float(high)) if low < high else Channel(f"{letter}{i}")
+        for i, (low, high) in enumerate(limits)
+    )
+
+
+def _period(env: Any) -> float:
+    """Seconds per step: what the environment calls dt or tau, else its frame rate."""
+    for name in ("dt", "tau"):
+        value = getattr(env.unwrapped, name, None)
+        if isinstance(value, (int, float)) and value > 0:
+            return float(value)
+    return 1.0 / float(env.metadata.get("render_fps") or 50)
+
+
+def _flat(observation: Any) -> NDArray[np.float32]:
+    return np.array(observation, dtype=np.float32).reshape(-1)  # a copy: some environments reuse their buffer

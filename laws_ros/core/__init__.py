@@ -1,0 +1,1 @@
+"""The method itself: standard library and numpy only (docs/architecture.md)."""

@@ -1,0 +1,303 @@
+"""Sound affine bounds of a policy *as executed in float32* over regions, batched over regions.
+
+Method: linear bound propagation (CROWN: Zhang et al. 2018, arXiv:1811.00866; LiRPA: Xu et al. 2020, arXiv:2002.12920).
+A forward pass keeps, for every node, two affine functions of the region's coordinates that enclose its value; a
+backward pass through the relaxed graph then bounds chosen combinations of the outputs more tightly.
+
+Execution error: every affine node adds an unknown e, |e| <= delta, to its exact value; delta covers float32 evaluation
+in any order of summation, with or without fused multiply-add (Higham, Accuracy and Stability, ch. 3; Jeannerod & Rump
+2013), of the terms that are not exactly zero in the region. The e's are treated like any other bounded unknown, so
+their effect on the output is carried through the same relaxations. The arithmetic of this module itself is float64;
+its rounding is bounded the same way and added to delta. docs/soundness.md has the chain of the argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .network import Affine, Elementwise, Network
+from .region import UNIT, Regions
+
+Array = NDArray[np.float64]
+
+UNIT32 = 2.0**-24  # unit roundoff of float32
+TINY32 = 2.0**-126  # smallest normal float32: what flushing denormals, or rounding one, can cost per operation
+HUGE32 = 2.0**126  # partial sums below this cannot overflow float32
+EXECUTION_TERMS = 3  # roundings on top of one per summed term: the bias, and a constant that was rounded when read
+TANH_ERROR = 2.0**-19  # absolute error allowed for float32 tanh; tests/test_execution_error.py measures it
+INFLATE = 1.0 + 1e-9  # covers the rounding of the short sums in which error bounds themselves are computed
+
+
+def gamma(terms: Array | int, unit: float = UNIT32) -> Array:
+    """Higham's gamma_k = k u / (1 - k u): relative error of a sum of k rounded terms, in any order."""
+    product = np.asarray(terms, dtype=float) * unit
+    return np.where(product < 0.5, product / (1.0 - np.minimum(product, 0.5)), np.inf)
+
+
+@dataclass(frozen=True)
+class AffineBounds:
+    """L(zeta) <= (rows @ policy output as executed) <= U(zeta) for every zeta in [-1, 1]^n, region by region.
+
+    Attributes:
+        lower, upper: [B, r, n + 1] coefficients in the *observation* x; the last column is the constant.
+    """
+
+    lower: Array
+    upper: Array
+
+
+def relax(node: Elementwise, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
+    """Lines a_l z + b_l <= f(z) <= a_u z + b_u for low <= z <= high; slopes are never negative.
+
+    Args:
+        low, high: bounds of the node's argument, any common shape.
+
+    Returns:
+        (a_l, b_l, a_u, b_u), each of that shape; rounded outward.
+    """
+    if node.function == "tanh":
+        return _relax_tanh(low, high)
+    if node.function == "relu":
+        return _relax_hinge(low, high)
+    # clip(z) = lo + relu(z - lo) - relu(z - hi): one bend is a hinge, two bends have their own pair of chords.
+    lo, hi = node.low, node.high
+    a_l, b_l, a_u, b_u = _relax_hinge(low - lo, high - lo)
+    c_l, d_l, c_u, d_u = _relax_hinge(hi - high, hi - low)
+    bends_below, bends_above = low < lo, high > hi
+    with np.errstate(all="ignore"):
+        up = (hi - lo) / (hi - low)
+        down = (hi - lo) / (high - lo)
+    both = bends_below & bends_above & (high > lo) & (low < hi)
+    only_above = bends_above & ~both & (low >= lo)
+    # near the upper bend clip(z) = hi - relu(hi - z): the hinge mirrored, so its lines change places
+    out_l = np.where(both, down, np.where(only_above, c_u, a_l))
+    off_l = np.where(both, lo - down * lo, np.where(only_above, hi - d_u - c_u * hi, b_l + lo - a_l * lo))
+    out_u = np.where(both, up, np.where(only_above, c_l, a_u))
+    off_u = np.where(both, hi - up * hi, np.where(only_above, hi - d_l - c_l * hi, b_u + lo - a_u * lo))
+    below, above = high <= lo, low >= hi
+    for slope in (out_l, out_u):
+        slope[below | above] = 0.0
+    for offset in (off_l, off_u):
+        offset[below] = lo
+        offset[above] = hi
+    pad = 8 * UNIT * (abs(lo) + abs(hi) + np.maximum(np.abs(low), np.abs(high)))
+    return out_l, off_l - pad, out_u, off_u + pad
+
+
+def _relax_hinge(low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
+    bent = (low < 0.0) & (high > 0.0)
+    with np.errstate(all="ignore"):
+        chord = np.where(bent, high / (high - low), high > 0.0)
+    top = np.where(bent, -chord * low * (1 + 8 * UNIT), 0.0)
+    # the rounded chord must still lie above the bend's far end: high * chord + top >= high
+    top = np.where(bent, top + 4 * UNIT * (high - low), 0.0)
+    # below, of the sound slopes 0 to 1 the end that leaves the smaller area
+    return np.where(bent, (high > -low).astype(float), chord), np.zeros_like(low), chord, top
+
+
+def _relax_tanh(low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
+    t_low, t_high = np.tanh(low), np.tanh(high)
+    with np.errstate(all="ignore"):
+        chord = np.where(high > low, (t_high - t_low) / (high - low), 1.0 - t_low**2)
+    # On [0, inf) tanh is concave: a tangent at d >= 0 lies above it there, and above it on [low, 0] as well once it
+    # does so at low. The smallest such d is found by bisection; the end that surely qualifies is kept.
+    a_u, b_u = _tanh_above(low, high, t_low, chord)
+    a_l, b_l = _tanh_above(-high, -low, -t_high, chord)
+    pad = 1e-14 + 8 * UNIT * np.maximum(np.abs(low), np.abs(high))
+    return a_l, -b_l - pad, a_u, b_u + pad
+
+
+def _tanh_above(low: Array, high: Array, t_low: Array, chord: Array) -> tuple[Array, Array]:
+    def tangent(d: Array) -> tuple[Array, Array]:
+        value = np.tanh(d)
+        slope = 1.0 - value**2
+        return slope, value - slope * d
+
+    start, end = np.maximum(low, 0.0), np.maximum(high, 0.0)
+    near, far = start.copy(), end.copy()
+    for _ in range(30):
+        middle = 0.5 * (near + far)
+        slope, offset = tangent(middle)
+        enough = slope * low + offset >= t_low
+        far = np.where(enough, middle, far)
+        near = np.where(enough, near, middle)
+    concave = low >= 0.0
+    slope, offset = tangent(np.where(concave, 0.5 * (low + high), far))
+    # no tangent within [0, high] clears the left end: the chord is then above
+    use_chord = (high <= 0.0) | (~concave & (slope * low + offset < t_low - 1e-15))
+    chord_offset = np.maximum(t_low - chord * low, np.tanh(high) - chord * high)
+    return np.where(use_chord, chord, slope), np.where(use_chord, chord_offset, offset)
+
+
+@dataclass
+class _Forms:
+    """Forward affine enclosure of a node over B regions: middle +- half, [n, B, d + 1] in zeta, constant last."""
+
+    middle: Array
+    half: Array
+    low: Array  # [n, B]
+    high: Array
+
+
+def _interval(middle: Array, half: Array) -> tuple[Array, Array]:
+    """Range over zeta in [-1, 1]^d of middle - half and middle + half, rounded outward."""
+    lower, upper = middle - half, middle + half
+    swing_l, swing_u = np.abs(lower[..., :-1]).sum(-1), np.abs(upper[..., :-1]).sum(-1)
+    pad = 4 * (middle.shape[-1] + 2) * UNIT
+    low = lower[..., -1] - swing_l
+    high = upper[..., -1] + swing_u
+    return low - pad * (np.abs(lower[..., -1]) + swing_l), high + pad * (np.abs(upper[..., -1]) + swing_u)
+
+
+def affine_bounds(network: Network, regions: Regions, rows: Array | None = None) -> AffineBounds:
+    """Affine bounds over regions of combinations of the policy's outputs as executed in float32.
+
+    Args:
+        network: the policy.
+        regions: B of them.
+        rows: [r, outputs] combinations to bound; the outputs themselves if None.
+
+    Returns:
+        AffineBounds; NaN or infinite where nothing could be shown (which callers must treat as unknown).
+    """
+    rows = np.eye(network.outputs) if rows is None else rows
+    generators, _ = regions.generators()
+    with np.errstate(all="ignore"):
+        lines, deltas = _forward(network, regions.center, generators)
+        lower = _backward(network, regions.center, generators, rows, lines, deltas, sign=-1.0)
+        upper = _backward(network, regions.center, generators, rows, lines, deltas, sign=1.0)
+    return AffineBounds(lower, upper)
+
+
+_Lines = tuple[Array, Array, Array, Array, NDArray[np.bool_]]
+
+
+def _forward(network: Network, center: Array, generators: Array) -> tuple[dict[int, _Lines], dict[int, Array]]:
+    """Relaxation lines of every elementwise node and error bounds delta [n, B] of every affine node.
+
+    A float32 observation enters exactly, so node 0 has no error. Forms of all regions stand side by side as columns,
+    which makes every layer two matrix products: W @ middle and |W| @ half.
+    """
+    count = len(center)
+    middle = np.concatenate([np.moveaxis(generators, 0, 1), center.T[:, :, None]], axis=2)
+    half = np.zeros_like(middle)
+    forms = [_Forms(middle, half, *_interval(middle, half))]
+    lines: dict[int, _Lines] = {}
+    deltas: dict[int, Array] = {}
+    for index, node in enumerate(network.nodes, start=1):
+        if isinstance(node, Affine):
+            forms_here, deltas[index] = _forward_affine(node, forms, count)
+            forms.append(forms_here)
+        else:
+            source = forms[node.source]
+            a_l, b_l, a_u, b_u = relax(node, source.low, source.high)
+            execution = TANH_ERROR if node.function == "tanh" else 0.0  # relu and clip only select
+            peak = np.maximum(np.abs(source.low), np.abs(source.high))
+            pad = execution + 4 * UNIT * (peak * np.maximum(a_l, a_u) + np.abs(b_l) + np.abs(b_u))
+            b_l, b_u = b_l - pad, b_u + pad
+            # An inactive ReLU is exactly zero, whatever was padded.
+            dead = source.high <= 0.0 if node.function == "relu" else np.zeros_like(peak, dtype=bool)
+            b_l[dead] = b_u[dead] = 0.0
+            lines[index] = (a_l, b_l, a_u, b_u, dead)
+            lower = a_l[..., None] * (source.middle - source.half)
+            upper = a_u[..., None] * (source.middle + source.half)
+            lower[..., -1] += b_l
+            upper[..., -1] += b_u
+            slack = 8 * UNIT * (np.abs(lower).sum(-1) + np.abs(upper).sum(-1))
+            middle, half = 0.5 * (upper + lower), 0.5 * (upper - lower)
+            half[..., -1] += slack
+            low, high = _interval(middle, half)
+            # the function's own range is often tighter than its lines'
+            f_low, f_high = node(source.low), node(source.high)
+            wiggle = execution + (1e-15 if execution else 0.0)
+            forms.append(_Forms(middle, half, np.maximum(low, f_low - wiggle), np.minimum(high, f_high + wiggle)))
+    return lines, deltas
+
+
+def _forward_affine(node: Affine, forms: list[_Forms], count: int) -> tuple[_Forms, Array]:
+    columns = forms[0].middle.shape[2]
+    middle = np.zeros((node.size, count, columns))
+    half = np.zeros_like(middle)
+    middle[..., -1] = node.bias[:, None]
+    magnitude = np.broadcast_to(np.abs(node.bias)[:, None], (node.size, count)).copy()  # sum of |terms| as executed
+    spread = magnitude.copy()  # the same for the terms of this module's own sums
+    terms = np.zeros((1, count))
+    for source, weight, positive in zip(node.sources, node.weights, node.magnitudes, strict=True):
+        form = forms[source]
+        peak = np.maximum(np.abs(form.low), np.abs(form.high))
+        size = np.abs(form.middle).sum(-1) + np.abs(form.half).sum(-1)
+        if weight.ndim == 1:
+            middle += weight[:, None, None] * form.middle
+            half += positive[:, None, None] * form.half
+            magnitude += positive[:, None] * peak
+            spread += positive[:, None] * size
+            terms = terms + 1
+        else:
+            middle += (weight @ form.middle.reshape(weight.shape[1], -1)).reshape(middle.shape)
+            stacked = np.concatenate([form.half.reshape(len(peak), -1), peak, size], axis=1)
+            product = positive @ stacked
+            half += product[:, : -2 * count].reshape(half.shape)
+            magnitude += product[:, -2 * count : -count]
+            spread += product[:, -count:]
+            terms = terms + (peak > 0.0).sum(axis=0)[None, :]
+    depth = sum(1 if w.ndim == 1 else w.shape[1] for w in node.weights) + 4
+    execution = (gamma(terms + EXECUTION_TERMS) * magnitude + (terms + EXECUTION_TERMS) * TINY32) * INFLATE
+    execution = np.where(magnitude < HUGE32, execution, np.inf)  # may overflow: nothing can be said
+    arithmetic = 4 * gamma(depth, UNIT) * (spread + magnitude)
+    half[..., -1] += (execution + arithmetic) * INFLATE
+    delta = (execution + 4 * gamma(depth, UNIT) * magnitude) * INFLATE
+    return _Forms(middle, half, *_interval(middle, half)), delta
+
+
+def _backward(
+    network: Network,
+    center: Array,
+    generators: Array,
+    rows: Array,
+    lines: dict[int, _Lines],
+    deltas: dict[int, Array],
+    sign: float,
+) -> Array:
+    """Upper (sign +1) or lower (-1) affine bound [B, r, d + 1] of rows @ output, coefficients in x.
+
+    Bounds sign * rows from above and turns the result back, so that one code path serves both.
+    """
+    count = len(center)
+    pending: dict[int, Array] = {len(network.nodes): np.broadcast_to(sign * rows, (count, *rows.shape))}
+    constant = np.zeros((count, len(rows)))
+    slack = np.zeros_like(constant)
+    for index in range(len(network.nodes), 0, -1):
+        coefficient = pending.pop(index, None)
+        if coefficient is None:
+            continue
+        node = network.nodes[index - 1]
+        if isinstance(node, Affine):
+            constant = constant + coefficient @ node.bias
+            slack = slack + 2 * UNIT * np.abs(constant)
+            # delta also covers the float64 rounding of coefficient @ weight, whose effect has the same form
+            slack = slack + np.einsum("brn,nb->br", np.abs(coefficient), deltas[index])
+            flat = coefficient.reshape(-1, node.size)  # one large product instead of one per region
+            terms = [
+                (s, (flat * w if w.ndim == 1 else flat @ w).reshape(*coefficient.shape[:2], -1))
+                for s, w in zip(node.sources, node.weights, strict=True)
+            ]
+        else:
+            a_l, b_l, a_u, b_u, dead = (line.T[:, None, :] for line in lines[index])
+            up, down = np.maximum(coefficient, 0.0), np.minimum(coefficient, 0.0)
+            constant = constant + (up * b_u + down * b_l).sum(-1)
+            slack = slack + 2 * UNIT * np.abs(constant)
+            slack = slack + 2 * (coefficient.shape[-1] + 4) * UNIT * (up * np.abs(b_u) - down * np.abs(b_l)).sum(-1)
+            terms = [(node.source, np.where(dead, 0.0, up * a_u + down * a_l))]
+        for source, term in terms:
+            pending[source] = pending[source] + term if source in pending else term
+    coefficient = pending.get(0, np.zeros((count, len(rows), network.inputs)))
+    # Last rounding: of the sums above, and of evaluating coefficient @ x anywhere in the region, in float64.
+    reach = np.abs(center) + np.abs(generators).sum(axis=2)
+    swing = np.einsum("brn,bn->br", np.abs(coefficient), reach)
+    depth = sum(1 for _ in network.nodes) + network.inputs + 8
+    slack = slack + 8 * depth * UNIT * (swing + np.abs(constant) + slack)
+    result = np.concatenate([coefficient, (constant + slack * INFLATE)[..., None]], axis=2)
+    return sign * result

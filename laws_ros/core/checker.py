@@ -1,0 +1,344 @@
+"""A small independent checker: proves a library's certificates again, one by one, with none of the issuer's code.
+
+It takes nothing from `bounds` or `certify` on trust and shares no function with them. Where the issuer propagates
+affine enclosures forward over many regions at once, the checker substitutes backwards from every layer, one region at
+a time; where the issuer derives lines case by case, the checker picks slopes and computes the least sound offset for
+them from the function's critical points. Both rest on the same execution model (docs/soundness.md): float32, any order
+of summation.
+
+A verdict is "holds" (proved) or "unknown" (not proved, which never counts as holding). numpy only; runs on a robot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .certificate import Certificates, decision_rows
+from .network import Affine, Elementwise, Network
+
+Array = NDArray[np.float64]
+
+_U32 = 2.0**-24
+_U64 = 2.0**-53
+_TINY = 2.0**-126
+_TANH32 = 2.0**-19  # allowance for float32 tanh, absolute
+_MORE = 1.0 + 1e-9
+
+
+_Term = tuple[Array, Array, float]
+_Matrices = dict[int, list[tuple[Array, Array]]]
+
+
+def _rounding(terms: float, unit: float) -> float:
+    return terms * unit / (1.0 - terms * unit) if terms * unit < 0.5 else np.inf
+
+
+@dataclass
+class _Line:
+    """slope_low z + offset_low <= f(z) <= slope_high z + offset_high, per neuron."""
+
+    slope_low: Array
+    offset_low: Array
+    slope_high: Array
+    offset_high: Array
+
+
+class Checker:
+    """Re-proves certificates of one policy.
+
+    Args:
+        network: the policy's layer graph. decision: core.card.DECISIONS.
+    """
+
+    def __init__(self, network: Network, decision: str = "none") -> None:
+        self.network = network
+        self.rows = decision_rows(network.outputs, decision)
+        self.matrices: _Matrices = {}
+        for index, node in enumerate(network.nodes, start=1):
+            if isinstance(node, Affine):
+                full = [np.diag(w) if w.ndim == 1 else w for w in node.weights]
+                self.matrices[index] = [(w, np.abs(w)) for w in full]
+
+    def verdict(self, certificates: Certificates, index: int, splits: int = 16) -> str:
+        """ "holds" if certificate `index` is proved over its whole region, else "unknown".
+
+        A region that is not proved as a whole is halved, up to `splits` times, and proved part by part.
+        """
+        box, blur = _enclose(certificates.transform[index])
+        if not np.isfinite(blur):
+            return "unknown"
+        n = len(box)
+        parts = [(np.zeros(n), np.ones(n))]  # middle and half-widths in zeta
+        with np.errstate(all="ignore"):
+            while parts:
+                middle, half = parts.pop()
+                excess, bend = self._excess(certificates, index, box, blur, middle, half)
+                if excess <= 0.0:  # false for a NaN, which is unknown
+                    continue
+                if splits == 0:
+                    return "unknown"
+                splits -= 1
+                k = int(np.argmax(bend))
+                half = np.where(np.arange(n) == k, 0.5 * half, half)
+                shift = np.where(np.arange(n) == k, half, 0.0)
+                parts += [(middle - shift, half), (middle + shift, half)]
+        return "holds"
+
+    def _excess(
+        self, certificates: Certificates, index: int, box: Array, blur: float, middle: Array, half: Array
+    ) -> tuple[float, Array]:
+        """By how much the error may exceed the claim in a part of the region, as far as can be shown.
+
+        Returns:
+            The largest excess (the claim holds if it is not positive; NaN where nothing is known), and per axis of
+            the region how much it moves neurons that bend (where a split helps).
+        """
+        center = certificates.center[index]
+        proof = _Proof(self.network, self.matrices, center, box, middle, half)
+        reach = proof.reach
+        high_weight, high = proof.above(len(self.network.nodes), self.rows)
+        low_weight, low = proof.above(len(self.network.nodes), -self.rows)
+        expert_weight = certificates.expert_weight[index].astype(float)
+        expert = certificates.expert_bias[index].astype(float)
+        claim_weight, claim = certificates.bound_weight[index], certificates.bound_offset[index]
+        n = len(center)
+        size = np.abs(expert_weight) @ reach + np.abs(expert)
+        executed = _rounding(n + 3, _U32) * size + (n + 3) * _TINY
+        # the router evaluates the claim at its own xi, within blur of zeta, and rounds
+        claimed = np.abs(claim_weight).sum(axis=1)
+        routed = blur * claimed + 2 * (n + 4) * _U64 * (claimed + np.abs(claim))
+        worst = -np.inf
+        for weight, constant, sign in ((high_weight, high, 1.0), (low_weight, low, -1.0)):
+            difference = weight - sign * expert_weight
+            offset = difference @ center + constant - sign * expert - claim
+            slope = difference @ box - claim_weight
+            own = 16 * (n + 4) * _U64 * (np.abs(weight) @ reach + np.abs(constant) + size + claimed + np.abs(claim))
+            excess = offset + slope @ middle + np.abs(slope) @ half + (executed + routed + own) * _MORE
+            worst = max(worst, float(excess.max())) if np.isfinite(excess).all() else np.nan
+        return worst, proof.bend
+
+
+def _enclose(transform: Array) -> tuple[Array, float]:
+    """A matrix B and a blur so that every x the router accepts is center + B zeta, |zeta| <= 1, |zeta - xi| <= blur.
+
+    With N a computed inverse of T, any y = T d satisfies d = N y + N (I - T N)(I + ...) y; the relative defect of
+    that, together with the rounding of T d, is at most `defect` in the maximum norm (docs/soundness.md, step 1).
+    """
+    n = len(transform)
+    if not np.isfinite(transform).all():
+        return transform, np.inf
+    try:
+        inverse = np.linalg.inv(transform)
+    except np.linalg.LinAlgError:
+        return transform, np.inf
+    amplification = (np.abs(transform) @ np.abs(inverse)).sum(axis=1).max()
+    defect = np.abs(transform @ inverse - np.eye(n)).sum(axis=1).max() + 2 * (n + 3) * _U64 * amplification
+    if not defect < 1e-3:
+        return transform, np.inf
+    return inverse * (1.0 + 4.5 * defect), 9.0 * defect * _MORE
+
+
+class _Proof:
+    """Bounds over one region: ranges of every node, and affine functions of x above any combination of a node."""
+
+    def __init__(
+        self, network: Network, matrices: _Matrices, center: Array, box: Array, middle: Array, half: Array
+    ) -> None:
+        """The part {center + box @ (middle + half * eta) : |eta| <= 1} of a region."""
+        self.matrices = matrices
+        self.network, self.center, self.box, self.middle, self.half = network, center, box, middle, half
+        self.reach = np.abs(center) + np.abs(box).sum(axis=1)
+        self.bend = np.zeros(len(center))
+        self.swing: dict[int, Array] = {0: np.abs(box) * half}
+        observation = np.eye(len(center)), np.zeros(len(center))
+        self.low: list[Array] = [-self._maximum(-observation[0], observation[1], 0)]
+        self.high: list[Array] = [self._maximum(*observation, 0)]
+        self.volume: dict[int, Array] = {}
+        self.error: dict[int, Array] = {}
+        self.line: dict[int, _Line] = {}
+        for index, node in enumerate(network.nodes, start=1):
+            if isinstance(node, Affine):
+                self._affine(index, node)
+            else:
+                self._elementwise(index, node)
+
+    def _size(self, index: int) -> int:
+        return len(self.low[index])
+
+    def _peak(self, index: int) -> Array:
+        return np.maximum(np.abs(self.low[index]), np.abs(self.high[index]))
+
+    def _affine(self, index: int, node: Affine) -> None:
+        volume, terms, depth = np.abs(node.bias), 3.0, 4.0
+        for source, weight, (_, size) in zip(node.sources, node.weights, self.matrices[index], strict=True):
+            peak = self._peak(source)
+            volume = volume + size @ peak
+            # what is surely zero adds nothing, in any order
+            terms += 1 if weight.ndim == 1 else (peak > 0.0).sum()
+            depth += len(peak)
+        relative = _rounding(terms, _U32) + 4 * _rounding(depth, _U64)
+        error = (relative * volume + terms * _TINY) * _MORE
+        self.volume[index], self.error[index] = volume, np.where(volume < 2.0**126, error, np.inf)
+        constant = self.error[index] + 2 * _U64 * np.abs(node.bias)
+        ends = []
+        for sign in (-1.0, 1.0):
+            pending = {s: (*m, sign) for s, m in zip(node.sources, self.matrices[index], strict=True)}
+            ends.append(self._maximum(*self._substitute(pending, sign * node.bias + constant, index - 1), index))
+        self.low.append(-ends[0])
+        self.high.append(ends[1])
+
+    def _maximum(self, weight: Array, constant: Array, index: int) -> Array:
+        """The largest value of weight @ x + constant in the part; keeps per axis how far it swings."""
+        slope = weight @ self.box
+        self.swing[index] = np.abs(slope) * self.half
+        pad = 8 * (len(self.center) + 4) * _U64 * (np.abs(weight) @ self.reach + np.abs(constant))
+        return weight @ self.center + constant + slope @ self.middle + self.swing[index].sum(axis=1) + pad
+
+    def above(self, index: int, rows: Array) -> tuple[Array, Array]:
+        """weight [r, n], constant [r] with rows @ node `index` <= weight @ x + constant in the region, as executed."""
+        return self._substitute({index: (rows, np.abs(rows), 1.0)}, np.zeros(len(rows)), index)
+
+    def _substitute(self, pending: dict[int, _Term], constant: Array, start: int) -> tuple[Array, Array]:
+        """Replace node after node, from `start` down, by what lies above it.
+
+        Args:
+            pending: per node (rows, |rows|, sign): the sum of sign * rows @ node over all of them is wanted.
+        """
+
+        def add(index: int, rows: Array) -> None:
+            if index in pending:
+                other, _, sign = pending[index]
+                rows = rows + sign * other
+            pending[index] = (rows, np.abs(rows), 1.0)
+
+        for index in range(start, 0, -1):
+            if index not in pending:
+                continue
+            rows, size, sign = pending.pop(index)
+            node = self.network.nodes[index - 1]
+            if isinstance(node, Affine):
+                constant = constant + sign * (rows @ node.bias) + size @ self.error[index] * _MORE
+                for source, (matrix, _) in zip(node.sources, self.matrices[index], strict=True):
+                    add(source, sign * (rows @ matrix))
+            else:
+                constant = constant + self._bend_rows(index, node, rows, size, sign, add)
+            constant = constant + 4 * _U64 * np.abs(constant)
+        weight = pending[0][2] * pending[0][0] if 0 in pending else np.zeros((len(constant), len(self.center)))
+        return weight, constant + 8 * _U64 * (np.abs(weight) @ self.reach)
+
+    def _bend_rows(
+        self, index: int, node: Elementwise, rows: Array, size: Array, sign: float, add: Callable[[int, Array], None]
+    ) -> Array:
+        """Replace sign * rows @ f(z) by lines in z, and z at once by the affine map that feeds it if there is one.
+
+        A positive coefficient takes the upper line, a negative one the lower: coefficient * mean + |coefficient| * bend
+        of the two. Multiplying the small matrix behind first keeps the large one untouched.
+        """
+        line, peak = self.line[index], self._peak(node.source)
+        mean, bend = 0.5 * (line.slope_high + line.slope_low), 0.5 * (line.slope_high - line.slope_low)
+        shift, gap = 0.5 * (line.offset_high + line.offset_low), 0.5 * (line.offset_high - line.offset_low)
+        two = np.flatnonzero((bend != 0.0) | (gap != 0.0))
+        cost = np.maximum(np.abs(line.offset_high), np.abs(line.offset_low))
+        rounding = 4 * (len(peak) + 4) * _U64 * cost + 4 * _U64 * np.where(mean > 0, mean * peak, 0.0)
+        below = self.network.nodes[node.source - 1] if node.source > 0 else None
+        fuse = isinstance(below, Affine) and len(below.sources) == 1 and len(rows) > self._size(below.sources[0])
+        if not fuse:
+            moved = sign * rows * mean
+            moved[:, two] += size[:, two] * bend[two]
+            add(node.source, moved)
+            plain: Array = sign * (rows @ shift) + size[:, two] @ gap[two] + size @ rounding * _MORE
+            return plain
+        assert isinstance(below, Affine)
+        matrix, _ = self.matrices[node.source][0]
+        live = mean > 0
+        rounding = rounding + 8 * _rounding(len(peak) + 8, _U64) * mean * np.where(live, self.volume[node.source], 0.0)
+        error = np.where(live, self.error[node.source], 0.0)
+        straight = np.column_stack([mean[:, None] * matrix, mean * below.bias + shift, bend * error])
+        bent = np.column_stack([bend[two, None] * matrix[two], bend[two] * below.bias[two] + gap[two]])
+        total = sign * (rows @ straight)
+        total[:, :-1] += size[:, two] @ bent
+        add(below.sources[0], total[:, :-2])
+        result: Array = total[:, -2] + total[:, -1] + size @ (mean * error + rounding) * _MORE
+        return result
+
+    def _elementwise(self, index: int, node: Elementwise) -> None:
+        low, high = self.low[node.source], self.high[node.source]
+        slope_low, slope_high = self._slopes(node, low, high)
+        candidates_low = [low, high, *_critical(node, slope_low, low, high)]
+        candidates_high = [low, high, *_critical(node, slope_high, low, high)]
+        offset_low = np.min([node(z) - slope_low * z for z in candidates_low], axis=0)
+        offset_high = np.max([node(z) - slope_high * z for z in candidates_high], axis=0)
+        peak = np.maximum(np.abs(low), np.abs(high))
+        pad = 8 * _U64 * (peak * np.maximum(slope_low, slope_high) + np.abs(offset_low) + np.abs(offset_high))
+        executed = 0.0
+        if node.function == "tanh":
+            executed = _TANH32
+            pad = pad + executed + 1e-14
+        if node.function == "clip":
+            pad = pad + 8 * _U64 * (abs(node.low) + abs(node.high))
+        self.bend = self.bend + self.swing[node.source][slope_low != slope_high].sum(axis=0)
+        self.swing[index] = self.swing[node.source]
+        exact = np.zeros(len(low), dtype=bool)
+        if node.function == "relu":
+            exact = (high <= 0.0) | (low >= 0.0)  # zero, or its argument: no rounding, no bend
+            dead = high <= 0.0
+            slope_low, slope_high = np.where(exact, ~dead, slope_low), np.where(exact, ~dead, slope_high)
+        self.line[index] = _Line(
+            slope_low, np.where(exact, 0.0, offset_low - pad), slope_high, np.where(exact, 0.0, offset_high + pad)
+        )
+        self.low.append(node(low) - executed * _MORE)
+        self.high.append(node(high) + executed * _MORE)
+
+    def _slopes(self, node: Elementwise, low: Array, high: Array) -> tuple[Array, Array]:
+        """Any slopes are sound, since offsets are computed for them; these are the tight ones."""
+        width = high - low
+        chord = np.where(width > 0, (node(high) - node(low)) / np.where(width > 0, width, 1.0), 0.0)
+        if node.function == "relu":
+            return np.where(high > -low, 1.0, 0.0), chord
+        if node.function == "clip":
+            lo, hi = node.low, node.high
+            below, above = low < lo, high > hi
+            up = np.where(
+                above & below, (hi - lo) / (hi - low), np.where(above, np.where(hi - low > high - hi, 1.0, 0.0), chord)
+            )
+            down = np.where(
+                above & below, (hi - lo) / (high - lo), np.where(below, np.where(high - lo > lo - low, 1.0, 0.0), chord)
+            )
+            outside = (high <= lo) | (low >= hi)
+            return np.where(outside, 0.0, down), np.where(outside, 0.0, up)
+        tangent = 1.0 - np.tanh(0.5 * (low + high)) ** 2
+        up = np.where(low >= 0, tangent, np.where(high <= 0, chord, _touching(low, high, chord)))
+        down = np.where(high <= 0, tangent, np.where(low >= 0, chord, _touching(-high, -low, chord)))
+        return down, up
+
+
+def _touching(low: Array, high: Array, chord: Array) -> Array:
+    """Slope of the line through (low, tanh low) that touches tanh between 0 and high; the chord's if there is none."""
+
+    def clears(d: Array) -> NDArray[np.bool_]:
+        value = np.tanh(d)
+        return value + (1.0 - value**2) * (low - d) >= np.tanh(low)
+
+    near, far = np.zeros_like(low), np.maximum(high, 0.0)
+    exists = clears(far)
+    for _ in range(60):
+        middle = 0.5 * (near + far)
+        enough = clears(middle)
+        near, far = np.where(enough, near, middle), np.where(enough, middle, far)
+    return np.where(exists, 1.0 - np.tanh(far) ** 2, chord)
+
+
+def _critical(node: Elementwise, slope: Array, low: Array, high: Array) -> list[Array]:
+    """Where f(z) - slope z can be extreme inside [low, high] besides its ends."""
+    if node.function == "relu":
+        points = [np.zeros_like(low)]
+    elif node.function == "clip":
+        points = [np.full_like(low, node.low), np.full_like(low, node.high)]
+    else:
+        where = np.arctanh(np.sqrt(np.clip(1.0 - slope, 0.0, 1.0 - 1e-16)))
+        points = [where, -where]
+    return [np.clip(p, low, high) for p in points]

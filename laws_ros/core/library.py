@@ -1,0 +1,229 @@
+"""A library: certified experts, the trie that finds them, and what they are bound to; stored as one snapshot file.
+
+File layout: magic, sha256 of all that follows, length of the header, the header as JSON (what the library is bound to,
+and name, type, shape and place of every array), then the arrays, each aligned to 64 bytes so that the file can be
+mapped. It is written beside its target, synchronised and renamed, so a reader sees an old library or a new one, never
+half of one; a file with any changed or missing byte is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .card import Card
+from .certificate import Certificates, decision_rows
+from .errors import LibraryError
+from .trie import Trie
+
+MAGIC = b"LAWSLIB1"
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Library:
+    """Experts for one policy file, one card and one precision.
+
+    Attributes:
+        policy_sha256: of the ONNX file that the certificates speak about.
+        card: of that policy.
+        tolerance: [m] the action error, in action units, that the library was built for; empty for a decision.
+        certificates: E certified experts, kind `linear`.
+        trie: finds them.
+        visits: [E] training observations that each expert answered.
+        notes: how it was built (workload, seed, coverage, ...), for people.
+    """
+
+    policy_sha256: str
+    card: Card
+    tolerance: NDArray[np.float64]
+    certificates: Certificates
+    trie: Trie
+    visits: NDArray[np.int64]
+    notes: dict[str, Any] = field(default_factory=dict)
+    precision: str = "float32"
+
+    def __len__(self) -> int:
+        return len(self.certificates)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Content hash of every expert, bound to policy, card and precision; what people and merges call it by."""
+        prefix = f"{self.policy_sha256}{self.card.digest}{self.precision}linear".encode()
+        parts = [np.ascontiguousarray(getattr(self.certificates, f.name)) for f in fields(Certificates)]
+        return [
+            hashlib.sha256(prefix + b"".join(part[k].tobytes() for part in parts)).hexdigest()[:16]
+            for k in range(len(self))
+        ]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the library's content, 16 digits."""
+        return hashlib.sha256(self._body()).hexdigest()[:16]
+
+    def indexed(self, trie: Trie) -> Library:
+        """The same experts under a trie's questions, listed in an order that does not depend on history."""
+        preference = np.array(sorted(range(len(self)), key=self.ids.__getitem__), dtype=np.intp)
+        return replace(self, trie=trie.with_regions(self.certificates.regions, preference))
+
+    def check_policy(self, sha256: str, card: Card, where: str, policy_where: str) -> None:
+        """Raise LibraryError unless this library was made for that policy file and card."""
+        if sha256 != self.policy_sha256:
+            raise LibraryError(
+                f"{where}: made for the policy with sha256 {self.policy_sha256[:12]}..., but {policy_where} has "
+                f"{sha256[:12]}...; build a library for this policy with `laws build`"
+            )
+        if card.digest != self.card.digest:
+            raise LibraryError(
+                f"{where}: made for another card than that of {policy_where}: {self.card.difference(card)} "
+                "(library against policy)"
+            )
+
+    # -- storage ---------------------------------------------------------------------------------------------------
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        arrays = {f"certificates.{f.name}": getattr(self.certificates, f.name) for f in fields(Certificates)}
+        arrays |= {f"trie.{f.name}": getattr(self.trie, f.name) for f in fields(Trie)}
+        return arrays | {"tolerance": self.tolerance, "visits": self.visits}
+
+    def _body(self) -> bytes:
+        arrays = {k: np.ascontiguousarray(v) for k, v in self._arrays().items()}
+        table, position = [], 0
+        for name, array in arrays.items():
+            table.append({"name": name, "dtype": array.dtype.str, "shape": list(array.shape), "offset": position})
+            position += -(-array.nbytes // _ALIGN) * _ALIGN
+        header = json.dumps(
+            {
+                "policy_sha256": self.policy_sha256,
+                "card": self.card.to_dict(),
+                "card_digest": self.card.digest,
+                "precision": self.precision,
+                "notes": self.notes,
+                "arrays": table,
+            }
+        ).encode()
+        start = len(MAGIC) + 32 + 8 + len(header)
+        parts = [struct.pack("<Q", len(header)), header, b"\0" * (-start % _ALIGN)]
+        for array in arrays.values():
+            parts += [array.tobytes(), b"\0" * (-array.nbytes % _ALIGN)]
+        return b"".join(parts)
+
+    def save(self, path: str | Path) -> None:
+        """Write the snapshot atomically.
+
+        Raises:
+            LibraryError: the folder does not exist or cannot be written, or the disk is full; an older file stays.
+        """
+        path = Path(path)
+        body = self._body()
+        temporary = None
+        try:
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(MAGIC + hashlib.sha256(body).digest() + body)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            if temporary is not None and os.path.exists(temporary):
+                os.unlink(temporary)
+            raise LibraryError(f"{path}: cannot be written: {error.strerror}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Library:
+        """Read a snapshot.
+
+        Raises:
+            LibraryError: missing, not a library, of another format, truncated or altered.
+        """
+        path = Path(path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise LibraryError(f"{path}: cannot be read: {error.strerror}; `laws build` makes a library") from None
+        if not data.startswith(MAGIC[:7]):
+            raise LibraryError(f"{path}: not a LAWS library (it starts with {data[:8]!r})")
+        if not data.startswith(MAGIC):
+            raise LibraryError(f"{path}: library format {data[:8]!r}, this program reads {MAGIC!r}")
+        body = data[len(MAGIC) + 32 :]
+        if hashlib.sha256(body).digest() != data[len(MAGIC) : len(MAGIC) + 32]:
+            raise LibraryError(f"{path}: damaged: its content does not match its sha256; build or fetch it again")
+        (length,) = struct.unpack_from("<Q", body)
+        header = json.loads(body[8 : 8 + length])
+        start = len(MAGIC) + 32 + 8 + length
+        start += -start % _ALIGN
+        arrays: dict[str, NDArray[Any]] = {}
+        for row in header["arrays"]:
+            dtype, shape = np.dtype(row["dtype"]), tuple(row["shape"])
+            count = int(np.prod(shape))
+            arrays[row["name"]] = np.frombuffer(data, dtype, count, start + row["offset"]).reshape(shape)
+        card = Card.from_dict(header["card"], f"{path}: card")
+
+        def part(name: str, kind: type) -> Any:
+            return kind(**{f.name: arrays[f"{name}.{f.name}"] for f in fields(kind)})
+
+        return cls(
+            header["policy_sha256"],
+            card,
+            arrays["tolerance"],
+            part("certificates", Certificates),
+            part("trie", Trie),
+            arrays["visits"],
+            header["notes"],
+            header["precision"],
+        )._checked(path)
+
+    def _checked(self, path: Path) -> Library:
+        """A hash says that the file is what was written; this says that what was written is a library."""
+        n, count = len(self.card.observations), len(self)
+        rows = len(decision_rows(len(self.card.actions), self.card.decision))
+        shapes = {
+            "center": (count, n),
+            "transform": (count, n, n),
+            "expert_weight": (count, rows, n),
+            "expert_bias": (count, rows),
+            "bound_weight": (count, rows, n),
+            "bound_offset": (count, rows),
+        }
+        for name, shape in shapes.items():
+            found = getattr(self.certificates, name).shape
+            if found != shape:
+                raise LibraryError(f"{path}: certificates.{name} has shape {found}, {shape} is expected")
+        t = self.trie
+        nodes = len(t.axis)
+        inner = t.axis >= 0
+        children = np.concatenate([t.low[inner], t.high[inner]])
+        parents = np.concatenate([np.flatnonzero(inner)] * 2)
+        sound = (
+            nodes > 0
+            and all(len(a) == nodes for a in (t.threshold, t.low, t.high, t.visits))
+            and len(t.first) == nodes + 1
+            and (t.axis < n).all()
+            and (children > parents).all()  # so that a walk ends
+            and (children < nodes).all()
+            and t.first[0] == 0
+            and (np.diff(t.first) >= 0).all()
+            and t.first[-1] == len(t.members)
+            and ((t.members >= 0) & (t.members < count)).all()
+        )
+        if not sound:
+            raise LibraryError(f"{path}: its trie is inconsistent; build the library again")
+        if self.precision != "float32":
+            raise LibraryError(f"{path}: certified for precision {self.precision!r}; this program runs float32")
+        return self

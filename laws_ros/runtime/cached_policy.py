@@ -1,0 +1,143 @@
+"""The library in front of the policy: what a control loop calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from laws_ros.core.errors import ConfigError
+from laws_ros.core.library import Library
+
+from .experts import experts_model
+from .policy import Policy, session
+from .routing import Router
+
+
+class Answer(NamedTuple):
+    """An action, who gave it, and how far it can be from the policy's.
+
+    Attributes:
+        action: float32 [m] within the card's limits; a decision: float32 [1], the index.
+        region: index of the region that answered, -1 for the full policy.
+        bound: [m] certified |action - policy(observation)|, action units; zeros for the policy and for decisions.
+    """
+
+    action: NDArray[np.float32]
+    region: int
+    bound: NDArray[np.float64]
+
+
+class CachedPolicy:
+    """Answers from certified experts where their bound at the query is within tolerance, else from the policy.
+
+    Actions are clipped to the card's limits. Clipping both the expert's and the policy's answer never increases their
+    distance, so bounds hold for what is returned. Not thread-safe: one control loop each.
+
+    Attributes:
+        library, policy, card: what it was opened with.
+        tolerance: [m] action units; per action.
+    """
+
+    def __init__(self, library: Library, policy: Policy, tolerance: Sequence[float] | None = None) -> None:
+        """Raises ConfigError for a tolerance of the wrong length, negative or NaN."""
+        self.library, self.policy, self.card = library, policy, policy.card
+        self.tolerance = check_tolerance(library.tolerance if tolerance is None else tolerance, policy)
+        self._low = np.array([c.low for c in self.card.actions], np.float32)
+        self._high = np.array([c.high for c in self.card.actions], np.float32)
+        self._none = np.zeros(policy.actions if self.card.decision == "none" else 1)
+        self.router = Router(library, self.tolerance)
+        self._experts = self._open_experts(policy.actions) if self.card.decision == "none" else None
+
+    @classmethod
+    def open(
+        cls, library_path: str | Path, policy_path: str | Path, *, tolerance: Sequence[float] | None = None
+    ) -> CachedPolicy:
+        """Open a policy and its library.
+
+        Raises:
+            LawsError: either file is missing or damaged, or they do not belong together.
+        """
+        return cls(*open_pair(library_path, policy_path), tolerance)
+
+    def lookup(self, observation: NDArray[np.float32]) -> Answer | None:
+        """The cheapest certified answer at observation [n], or None where only the policy may answer."""
+        region = self.router(observation)
+        if region < 0:
+            return None
+        if self._experts is None:
+            return Answer(np.array([self.router.wins.argmax()], np.float32), region, self._none)
+        self._index[0] = region
+        self._observation[:-1] = self.router.observation
+        self._experts.run_with_iobinding(self._binding)
+        action = self._action.copy()
+        if self._beyond[region]:
+            np.minimum(np.maximum(action, self._low, out=action), self._high, out=action)
+        return Answer(action, region, self.router.bound.copy())
+
+    def fallback(self, observation: NDArray[np.float32]) -> Answer:
+        """The full policy's answer at observation [n]."""
+        return Answer(self.policy.decide(self.policy(observation)), -1, self._none)
+
+    def answer(self, observation: NDArray[np.float32]) -> Answer:
+        """The certified answer if there is one, else the policy's."""
+        return self.lookup(observation) or self.fallback(observation)
+
+    def _open_experts(self, outputs: int) -> ort.InferenceSession | None:
+        if not len(self.library):
+            return None
+        certificates = self.library.certificates
+        experts = session(experts_model(certificates).SerializeToString(), "experts")
+        self._index, self._action = np.zeros(1, np.int64), np.zeros(outputs, np.float32)
+        self._observation = np.ones(self.policy.observations + 1, np.float32)
+        self._binding = experts.io_binding()
+        # Bound to these very buffers: a query writes into them, and nothing is allocated per step.
+        inputs = (("index", self._index, (1,)), ("observation", self._observation, (1, len(self._observation), 1)))
+        for name, array, shape in inputs:
+            self._binding.bind_input(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
+        self._binding.bind_output("action", "cpu", 0, np.float32, (1, outputs, 1), self._action.ctypes.data)
+        # Only experts that can leave the limits somewhere in their region need to be clipped.
+        generators, _ = certificates.regions.generators()
+        weight = certificates.expert_weight.astype(float)
+        middle = np.einsum("eri,ei->er", weight, certificates.center) + certificates.expert_bias
+        swing = np.abs(weight @ generators).sum(axis=2) + 1e-5 * (1.0 + np.abs(middle))
+        within = (middle - swing >= self._low) & (middle + swing <= self._high)
+        self._beyond: list[bool] = (~within).any(axis=1).tolist()
+        return experts
+
+
+def open_pair(library_path: str | Path, policy_path: str | Path, threads: int = 1) -> tuple[Library, Policy]:
+    """A library and the policy it was made for; a policy without a card takes the library's.
+
+    Raises:
+        LawsError: either file is missing or damaged, or they do not belong together.
+    """
+    policy = Policy(policy_path, threads)
+    library = Library.load(library_path)
+    if not policy.has_card and len(library.card.observations) == policy.observations:
+        policy.card = library.card
+    library.check_policy(policy.sha256, policy.card, str(library_path), str(policy_path))
+    return library, policy
+
+
+def check_tolerance(value: Sequence[float] | NDArray[np.float64], policy: Policy) -> NDArray[np.float64]:
+    """A tolerance per action from one number for all or a list.
+
+    Raises:
+        ConfigError: wrong length, a NaN, negative or infinite.
+    """
+    if policy.card.decision != "none":
+        return np.zeros(0)
+    tolerance = np.array(value, dtype=float).reshape(-1)
+    if tolerance.size not in (1, policy.actions):
+        raise ConfigError(
+            f"tolerance {tolerance.tolist()}: {tolerance.size} values for {policy.actions} actions; give one for all "
+            "or one each"
+        )
+    if not (np.isfinite(tolerance) & (tolerance >= 0)).all():
+        raise ConfigError(f"tolerance {tolerance.tolist()}: finite values of at least 0 are needed, in action units")
+    return np.array(np.broadcast_to(tolerance, policy.actions))

@@ -1,0 +1,138 @@
+"""The full policy in ONNX Runtime, float32, executed as the graph stands in its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from laws_ros.core.card import Card
+from laws_ros.core.errors import CardError, ModelError
+
+from .files import load_card, sha256_file
+from .onnx_graph import load_model
+
+Floats = NDArray[np.float32]
+
+
+def session(model: str | bytes, where: str, threads: int = 1) -> ort.InferenceSession:
+    """An ONNX Runtime CPU session without graph rewriting.
+
+    Certificates cover the graph as it stands, in any order of summation; a rewrite (a scale folded into a weight, say)
+    would be another float32 program, so optimisation is off.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.set_denormal_as_zero", "0")
+    options.add_session_config_entry("mlas.enable_gemm_fastmath_arm64_bfloat16", "0")
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own kinds
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{where}: ONNX Runtime cannot load it: {reason}") from None
+
+
+class Policy:
+    """A policy file with its card.
+
+    Attributes:
+        card: the card beside the file, or x0, x1, ... where there is none.
+        sha256: of the file; libraries are bound to it.
+        observations, actions: lengths n and m of its vectors.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 1, decision: str | None = None) -> None:
+        """Open a policy.
+
+        Args:
+            decision: what the card should say of it; needed only for a policy without a card.
+
+        Raises:
+            ModelError: missing, damaged, or not a float32 policy with one input and one output.
+            CardError: the card does not fit the model, or says another decision.
+        """
+        self.path = Path(path)
+        model = load_model(self.path)
+        self.sha256 = sha256_file(self.path)
+        self.session = session(str(self.path), str(self.path), threads)
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise ModelError(f"{self.path}: {len(inputs)} inputs and {len(outputs)} outputs, one of each is needed")
+        for tensor in (inputs[0], outputs[0]):
+            if tensor.type != "tensor(float)":
+                raise ModelError(f"{self.path}: {tensor.name} is {tensor.type}; only float32 policies can be used")
+        self._input, self._output = inputs[0].name, outputs[0].name
+        rest = inputs[0].shape[1:] if len(inputs[0].shape) > 1 else inputs[0].shape
+        if not all(isinstance(d, int) for d in rest):
+            raise ModelError(f"{self.path}: input {self._input} has shape {inputs[0].shape}; only batch may be free")
+        self._shape = (1, *rest) if len(inputs[0].shape) > 1 else tuple(rest)
+        self.observations = int(np.prod(rest))
+        self.actions = int(self(np.zeros(self.observations, np.float32)).size)
+        card_path = self.path.with_suffix(".yaml")
+        self.has_card = card_path.is_file()
+        if self.has_card:
+            self.card = load_card(self.path)
+            if decision is not None and decision != self.card.decision:
+                raise CardError(f"{card_path}: decision: {self.card.decision!r}, but {decision!r} was asked for")
+        else:
+            self.card = Card.plain(self.path.stem, self.observations, self.actions, decision or "none")
+        for kind, count in (("observations", self.observations), ("actions", self.actions)):
+            if len(getattr(self.card, kind)) != count:
+                raise CardError(
+                    f"{card_path}: {len(getattr(self.card, kind))} {kind}, but {self.path.name} has {count}"
+                )
+        self._batch_session = self._open_batch(model, threads)
+
+    def __call__(self, observation: Floats) -> Floats:
+        """The action [m] at one observation [n]."""
+        feed = np.ascontiguousarray(observation, np.float32).reshape(self._shape)
+        result: Floats = self.session.run([self._output], {self._input: feed})[0].reshape(-1)
+        return result
+
+    def batch(self, observations: Floats) -> Floats:
+        """Actions [N, m] at observations [N, n], in one call where the model allows it."""
+        observations = np.ascontiguousarray(observations, np.float32)
+        if self._batch_session is None or len(observations) == 0:
+            return np.array([self(x) for x in observations], np.float32).reshape(-1, self.actions)
+        parts = [
+            self._batch_session.run([self._output], {self._input: part.reshape(-1, *self._shape[1:])})[0]
+            for part in np.array_split(observations, -(-len(observations) // 4096))
+        ]
+        return np.concatenate(parts).reshape(-1, self.actions)
+
+    def decide(self, output: Floats) -> Floats:
+        """Raw outputs [..., m] as actions: [..., m] within the card's limits, or the index [..., 1] of the best."""
+        if self.card.decision == "none":
+            low = np.array([c.low for c in self.card.actions], np.float32)
+            high = np.array([c.high for c in self.card.actions], np.float32)
+            return np.minimum(np.maximum(output, low), high)
+        best = output.argmax(-1) if self.card.decision == "argmax" else output.argmin(-1)
+        return np.asarray(best, np.float32)[..., None]
+
+    def _open_batch(self, model: onnx.ModelProto, threads: int) -> ort.InferenceSession | None:
+        """A session with a free batch axis; many exporters fix it to 1. None where that changes what it computes."""
+        if isinstance(self.session.get_inputs()[0].shape[0], str):
+            return self.session
+        if len(self.session.get_inputs()[0].shape) < 2:
+            return None
+        for value in (*model.graph.input, *model.graph.output):
+            if value.name in (self._input, self._output):
+                value.type.tensor_type.shape.dim[0].dim_param = "batch"
+        del model.graph.value_info[:]
+        probe = np.linspace(-1, 1, 3 * self.observations, dtype=np.float32).reshape(3, *self._shape[1:])
+        try:
+            candidate = session(model.SerializeToString(), str(self.path), threads)
+            got = candidate.run([self._output], {self._input: probe})[0].reshape(3, -1)
+        except Exception:  # a fixed Reshape, say: then one call per observation
+            return None
+        want = np.array([self(x.reshape(-1)) for x in probe])
+        return candidate if got.shape == want.shape and np.allclose(got, want, rtol=1e-3, atol=1e-4) else None

@@ -1,0 +1,55 @@
+"""One package for pip and for colcon (ament_python)."""
+
+import re
+from glob import glob
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+NAME = "laws_ros"
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / NAME / "__init__.py").read_text(), re.M).group(1)
+
+MUJOCO = ["mujoco"]
+GYM = ["gymnasium"]
+# Wheels of ROS 2 Kilted exist for x86-64 only; elsewhere, and on robots, rclpy comes with ROS itself.
+ROS = [
+    f"{wheel}; sys_platform == 'linux' and platform_machine == 'x86_64'"
+    for wheel in [
+        "ros-rclpy[fastrtps]>=9.1,<10",
+        "ros-diagnostic-msgs",
+        "ros-geometry-msgs",
+        "ros-lifecycle-msgs",
+        "ros-rosgraph-msgs",
+        "ros-sensor-msgs",
+        "ros-std-msgs",
+        "ros-std-srvs",
+        "ros-trajectory-msgs",
+    ]
+]
+
+setup(
+    name=NAME,
+    version=VERSION,
+    description="Certified policy caching for ROS 2: a library of experts with proven error bounds",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=[NAME, f"{NAME}.*"]),
+    install_requires=["numpy", "onnx", "onnxruntime", "pyyaml", "numba"],
+    extras_require={
+        "sim": [*MUJOCO, "rich"],
+        "gym": GYM,
+        "train": [*MUJOCO, *GYM, "scipy", "torch"],
+        "ros": ROS,
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": [f"laws = {NAME}.cli:main"]},
+    data_files=[
+        ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
+        (f"share/{NAME}", ["package.xml"]),
+        *((f"share/{NAME}/{kind}", sorted(glob(f"{kind}/*.*"))) for kind in ("launch", "config", "sim", "models")),
+        # pip's console scripts go to bin/, where `ros2 run` and launch's Node() never look.
+        (f"lib/{NAME}", sorted(glob("scripts/*"))),
+    ],
+    zip_safe=False,
+)

@@ -1,0 +1,164 @@
+"""The contract of commands, run in process on a real workload with a policy that nobody here trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from laws_ros.cli import main, parse_tolerance
+from laws_ros.core.errors import ConfigError
+from tests.support import random_mlp, save_mlp, save_model
+
+pytest.importorskip("gymnasium", reason="gymnasium is not installed: pip install 'laws_ros[gym]'")
+
+
+@pytest.fixture(scope="session")
+def discrete(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A ReLU policy for CartPole-v1 that decides by argmax (a balancing rule plus bends), and a library for it."""
+    folder = tmp_path_factory.mktemp("cli")
+    rng = np.random.default_rng(0)
+    first, bias = rng.normal(size=(32, 4)), 0.1 * rng.normal(size=32)
+    gain = np.array([0.3, 0.6, 3.0, 1.0])
+    second = np.linalg.lstsq(first.T, gain, rcond=None)[0]
+    layers = [
+        (np.concatenate([first, -first]), np.concatenate([bias, -bias])),
+        (np.stack([np.concatenate([-second, second]), np.concatenate([second, -second])]), np.zeros(2)),
+    ]
+    policy, library = save_mlp(folder / "balance.onnx", layers), folder / "balance.laws"
+    assert (
+        main(
+            [
+                "build",
+                "--policy",
+                str(policy),
+                "--workload",
+                "gym:CartPole-v1",
+                "--decision",
+                "argmax",
+                "--steps",
+                "6000",
+                "--out",
+                str(library),
+            ]
+        )
+        == 0
+    )
+    return policy, library
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    capsys.readouterr()
+    code = main([*arguments, "--json"])
+    out = capsys.readouterr().out
+    return {**json.loads(out), "exit": code}
+
+
+def test_build_verify_eval_explain(discrete, capsys, tmp_path) -> None:
+    policy, library = map(str, discrete)
+    built = run_json(
+        capsys,
+        "build",
+        "--policy",
+        policy,
+        "--workload",
+        "gym:CartPole-v1",
+        "--decision",
+        "argmax",
+        "--steps",
+        "3000",
+        "--out",
+        str(tmp_path / "l.laws"),
+        "--max-regions",
+        "150",
+        "--seed",
+        "3",
+    )
+    assert {"regions", "certificates_tried", "train_coverage", "heldout_hit_rate", "tolerance", "seconds"} <= set(built)
+    assert 0 < built["regions"] <= 150 and built["heldout_hit_rate"] > 0.4
+
+    verified = run_json(capsys, "verify", library, "--policy", policy, "--samples", "20000", "--attack")
+    assert verified["exit"] == 0 and verified["violations"] == 0 and verified["rechecked"] == verified["certificates"]
+    assert verified["samples"] >= 20000 and verified["median_bound_over_worst_seen"] >= 1
+
+    found = run_json(capsys, "eval", library, "--policy", policy, "--workload", "gym:CartPole-v1", "--episodes", "2")
+    assert found["exit"] == 0 and found["hit_rate"] > 0.6 and found["worst_error_over_bound"] == 0.0
+    assert found["return_cached"] == found["return_policy"]  # the very same decisions
+    assert {"p50", "p99"} == set(found["hit_us"]) == set(found["policy_us"]) and found["mean_step_speedup"] > 0
+
+    laws = run_json(capsys, "explain", library)["regions"]
+    assert {"key", "box", "expert", "bound", "probability", "hits"} <= set(laws[0])
+    one = run_json(capsys, "explain", library, "--region", laws[0]["id"])["regions"]
+    assert one == laws[:1]
+    assert main(["explain", library]) == 0 and "x2" in capsys.readouterr().out
+
+
+def test_workloads_are_listed(capsys) -> None:
+    assert "cartpole" in [w["name"] for w in run_json(capsys, "workloads")["workloads"]]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    streams = capsys.readouterr()
+    assert streams.out == "" and len(streams.err.strip().splitlines()) == 1, streams.err
+    return streams.err
+
+
+def test_bad_input_ends_in_one_line_and_exit_code_2(discrete, built, capsys, tmp_path) -> None:
+    policy, library = map(str, discrete)
+    sine = save_model(
+        tmp_path / "sine.onnx", [helper.make_node("Sin", ["observation"], ["action"], name="wave")], {}, 4, 4
+    )
+    wide = save_mlp(tmp_path / "wide.onnx", random_mlp(np.random.default_rng(0), [7, 4, 2]))
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(Path(policy).read_bytes()[:300])
+    broken = tmp_path / "broken.laws"
+    broken.write_bytes(Path(library).read_bytes()[:-5])
+    out = str(tmp_path / "o.laws")
+    gym = ("--workload", "gym:CartPole-v1", "--out", out)
+    assert "node 'wave' (Sin)" in refused(capsys, "build", "--policy", str(sine), "--decision", "argmax", *gym)
+    assert "cut.onnx" in refused(capsys, "build", "--policy", str(cut), *gym)
+    assert "absent.onnx" in refused(capsys, "build", "--policy", "absent.onnx", *gym)
+    assert "takes 7 observations, gym:CartPole-v1 gives 4" in refused(
+        capsys, "build", "--policy", str(wide), "--decision", "argmax", *gym
+    )
+    assert "--decision argmax" in refused(capsys, "build", "--policy", policy, *gym)
+    assert "cartpole" in refused(capsys, "build", "--policy", policy, "--workload", "cartpol", "--out", out)
+    assert "CartPole" in refused(capsys, "build", "--policy", policy, "--workload", "gym:CartPoll-v1", "--out", out)
+    assert "does not exist" in refused(
+        capsys, "build", "--policy", policy, "--workload", "gym:CartPole-v1", "--out", str(tmp_path / "no/o.laws")
+    )
+    assert "sha256" in refused(capsys, "verify", library, "--policy", str(built.path))
+    assert "damaged" in refused(capsys, "verify", str(broken), "--policy", policy)
+    assert "not a LAWS library" in refused(capsys, "eval", policy, "--policy", policy, "--workload", "gym:CartPole-v1")
+    assert "--region 'zz'" in refused(capsys, "explain", library, "--region", "zz")
+    assert not Path(out).exists()
+
+
+def test_usage_errors_exit_with_2(capsys) -> None:
+    for arguments in (["build"], ["nothing"], ["verify", "x", "--policy", "y", "--samples", "-1"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    for command in ("build", "verify", "eval", "explain", "workloads", "train", "demo"):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("0.5", [0.5, 0.5]), ("2.5%", [0.05, 0.05]), ("0.1, 10%", [0.1, 0.2]), (None, [0.05, 0.05]), ("0", [0, 0])],
+)
+def test_tolerance_notation(built, text, value) -> None:
+    np.testing.assert_allclose(parse_tolerance(text, built.policy), value)
+
+
+@pytest.mark.parametrize("text", ["x", "1,2,3", "-1", "nan", "inf", "-2%", "1;2"])
+def test_bad_tolerances(built, text) -> None:
+    with pytest.raises(ConfigError, match="tolerance"):
+        parse_tolerance(text, built.policy)

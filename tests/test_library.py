@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laws_ros.core import library as module
+from laws_ros.core.certificate import Certificates
+from laws_ros.core.errors import LibraryError
+from laws_ros.core.library import MAGIC, Library
+
+
+def test_a_library_comes_back_as_it_was_saved(built, tmp_path) -> None:
+    path = tmp_path / "x.laws"
+    built.library.save(path)
+    found = Library.load(path)
+    for name, array in built.library._arrays().items():
+        np.testing.assert_array_equal(found._arrays()[name], array)
+    assert found.card == built.library.card and found.digest == built.library.digest and found.ids == built.library.ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_changed_or_missing_byte_is_refused(built, tmp_path_factory, data) -> None:
+    path = tmp_path_factory.mktemp("bits") / "x.laws"
+    built.library.save(path)
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        position = data.draw(st.integers(0, len(content) - 1))
+        content[position] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    path.write_bytes(bytes(content))
+    with pytest.raises(LibraryError, match=r"x\.laws") as caught:
+        Library.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hash_does_not_make_an_inconsistent_trie_good(built, tmp_path) -> None:
+    trie = built.library.trie
+    loop = trie.low.copy()
+    loop[0] = 0  # its own child: a walk would never end
+    bad = [
+        replace(trie, low=loop),
+        replace(trie, members=trie.members + len(built.library)),
+        replace(trie, axis=trie.axis + 9),
+        replace(trie, first=trie.first[::-1].copy()),
+        replace(trie, threshold=trie.threshold[:-1]),
+    ]
+    for k, broken in enumerate(bad):
+        replace(built.library, trie=broken).save(tmp_path / f"{k}.laws")
+        with pytest.raises(LibraryError, match="trie"):
+            Library.load(tmp_path / f"{k}.laws")
+    c = built.library.certificates
+    replace(built.library, certificates=replace(c, bound_offset=c.bound_offset[:, :1])).save(tmp_path / "c.laws")
+    with pytest.raises(LibraryError, match="bound_offset"):
+        Library.load(tmp_path / "c.laws")
+    replace(built.library, precision="float16").save(tmp_path / "p.laws")
+    with pytest.raises(LibraryError, match="float16"):
+        Library.load(tmp_path / "p.laws")
+
+
+def test_missing_and_foreign_files(tmp_path) -> None:
+    with pytest.raises(LibraryError, match="absent"):
+        Library.load(tmp_path / "absent.laws")
+    (tmp_path / "text.laws").write_text("hello, this is not a library")
+    with pytest.raises(LibraryError, match="not a LAWS library"):
+        Library.load(tmp_path / "text.laws")
+    body = b"later format"
+    (tmp_path / "new.laws").write_bytes(MAGIC[:7] + b"9" + hashlib.sha256(body).digest() + body)
+    with pytest.raises(LibraryError, match="format"):
+        Library.load(tmp_path / "new.laws")
+
+
+def test_a_failed_write_leaves_the_old_library(built, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "x.laws"
+    built.library.save(path)
+    before = path.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(LibraryError, match="No space left"):
+        replace(built.library, notes={"new": True}).save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.laws"]
+    with pytest.raises(LibraryError, match="cannot be written"):
+        built.library.save(tmp_path / "no" / "folder.laws")
+
+
+def test_another_policy_or_card_is_refused_with_the_difference(built) -> None:
+    library, card = built.library, built.policy.card
+    with pytest.raises(LibraryError, match="sha256"):
+        library.check_policy("0" * 64, card, "l.laws", "p.onnx")
+    swapped = replace(card, observations=(card.observations[1], card.observations[0], card.observations[2]))
+    with pytest.raises(LibraryError, match=r"observations\[0\].name: 'a.position' against 'b.position'"):
+        library.check_policy(library.policy_sha256, swapped, "l.laws", "p.onnx")
+    library.check_policy(library.policy_sha256, card, "l.laws", "p.onnx")
+
+
+def test_ids_name_content_not_position(built) -> None:
+    order = np.random.default_rng(0).permutation(len(built.library))
+    shuffled = replace(built.library, certificates=built.library.certificates[order])
+    assert shuffled.ids == [built.library.ids[k] for k in order]
+    for field in fields(Certificates):
+        changed = getattr(built.library.certificates, field.name).copy()
+        changed[0].flat[0] = np.nextafter(changed[0].flat[0], np.inf) if changed[0].size else changed[0]
+        other = replace(built.library, certificates=replace(built.library.certificates, **{field.name: changed}))
+        assert other.ids[0] != built.library.ids[0] and other.ids[1:] == built.library.ids[1:]

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laws_ros.core.region import Regions
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.floats(1e-6, 1e3), st.floats(0, 1e4))
+def test_generators_enclose_all_that_the_router_accepts(seed: int, n: int, radius: float, distance: float) -> None:
+    rng = np.random.default_rng(seed)
+    axes = rng.normal(size=(1, n, n)) * np.exp(rng.normal(size=(1, 1, n)))
+    region = Regions.from_axes(distance * rng.normal(size=(1, n)), axes, radius * rng.uniform(size=(1, n)))
+    generators, eps = region.generators()
+    if not np.isfinite(eps[0]):
+        assert np.isnan(generators).all()
+        return
+    xi = rng.uniform(-1, 1, (200, n))
+    xi[:100] = np.sign(xi[:100])
+    x = region.center[0] + (np.linalg.inv(region.transform[0]) @ xi.T).T
+    for point in x[region.contains(x)[:, 0]][:8]:
+        # zeta = M^-1 (x - c), in exact arithmetic
+        zeta = _solve(
+            generators[0],
+            [Fraction(float(p)) - Fraction(float(c)) for p, c in zip(point, region.center[0], strict=True)],
+        )
+        assert max(abs(z) for z in zeta) <= 1
+        computed = region.coordinates(point[None])[0, 0]
+        assert max(abs(z - Fraction(float(c))) for z, c in zip(zeta, computed, strict=True)) <= Fraction(float(eps[0]))
+
+
+def _solve(matrix: np.ndarray, right: list[Fraction]) -> list[Fraction]:
+    n = len(right)
+    rows = [[Fraction(float(v)) for v in row] + [right[k]] for k, row in enumerate(matrix)]
+    for k in range(n):
+        pivot = max(range(k, n), key=lambda r: abs(rows[r][k]))
+        rows[k], rows[pivot] = rows[pivot], rows[k]
+        for r in range(n):
+            if r != k and rows[r][k]:
+                factor = rows[r][k] / rows[k][k]
+                rows[r] = [a - factor * b for a, b in zip(rows[r], rows[k], strict=True)]
+    return [rows[k][n] / rows[k][k] for k in range(n)]
+
+
+def test_a_region_of_zero_width_is_a_point() -> None:
+    center = np.array([[1.0, -2.0, 3.0]])
+    region = Regions.from_axes(center, np.eye(3)[None], np.zeros((1, 3)))
+    assert region.contains(center)[0, 0]
+    assert not region.contains(np.nextafter(center.astype(np.float32), np.float32(10)))[0, 0]
+    assert np.isfinite(region.generators()[1]).all()
+
+
+def test_nan_is_in_no_region_and_a_broken_region_has_no_generators() -> None:
+    region = Regions.from_axes(np.zeros((1, 2)), np.eye(2)[None], np.ones((1, 2)))
+    assert not region.contains(np.array([[0.0, np.nan]]))[0, 0]
+    for bad in (np.full((1, 2, 2), np.nan), np.zeros((1, 2, 2)), np.full((1, 2, 2), np.inf), np.ones((1, 2, 2))):
+        generators, eps = Regions(np.zeros((1, 2)), bad).generators()
+        assert np.isinf(eps[0]) and np.isnan(generators).all()
+    _, eps = Regions(np.array([[np.nan, 0.0]]), np.eye(2)[None]).generators()
+    assert np.isinf(eps[0])
