@@ -225,7 +225,8 @@ def _build(options: argparse.Namespace) -> int:
     rolled = time.monotonic()
     progress(f"{len(seen.returns)} episodes of {workload.spec.name} run, return {seen.returns.mean():.1f}")
     observations = np.concatenate(seen.observations)
-    growth = grow(policy, network, observations, tolerance, options.max_regions, progress=progress)
+    actions = np.concatenate(seen.actions)
+    growth = grow(policy, network, observations, actions, tolerance, options.max_regions, progress=progress)
     fresh = np.concatenate(heldout.observations)
     hit_rate = float((Router(growth.library, tolerance).many(fresh) >= 0).mean()) if len(growth.library) else 0.0
     result = {

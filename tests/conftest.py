@@ -45,5 +45,5 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     path.with_suffix(".yaml").write_text(CARD)
     policy, network = Policy(path), load_network(path)
     observations = (rng.normal(size=(4000, 3)) * [0.5, 0.3, 1.0]).astype(np.float32)
-    growth = grow(policy, network, observations, np.full(2, 0.1), max_regions=300)
+    growth = grow(policy, network, observations, policy.batch(observations), np.full(2, 0.1), max_regions=300)
     return Built(path, policy, network, growth.library, observations)

@@ -29,7 +29,8 @@ Floats = NDArray[np.float64]
 
 BATCH = 64  # nodes certified together
 MARGIN = 1.05  # boxes are a little larger than the observations that made them
-WIDEN = (2.0, 1.5, 1.25, 1.12)  # factors tried in turn on every axis of an accepted region
+WIDEN = (2.0, 1.5, 1.25)  # factors tried in turn on an accepted region, on all its axes together
+STRETCH = (2.0, 1.5)  # and then on one axis after the other
 FEWEST = 3
 
 
@@ -73,6 +74,7 @@ def grow(
     policy: Policy,
     network: Network,
     observations: NDArray[np.float32],
+    actions: NDArray[np.float32],
     tolerance: Floats,
     max_regions: int = 20_000,
     max_certificates: int = 60_000,
@@ -83,6 +85,7 @@ def grow(
     Args:
         policy, network: the same model, for execution and for bounds.
         observations: [N, n] visited ones; duplicates count as visits.
+        actions: [N, *] the policy's actions there; they only guide the choice of axes.
         tolerance: [m] largest certified action error, action units; ignored for decisions.
         max_regions, max_certificates: the budget.
         progress: called with a line of text now and then.
@@ -90,7 +93,7 @@ def grow(
     Returns:
         Growth; train_coverage is the share of `observations` that the library answers.
     """
-    grower = _Grower(policy, network, observations, tolerance, max_regions, max_certificates, progress)
+    grower = _Grower(policy, network, observations, actions, tolerance, max_regions, max_certificates, progress)
     return grower.run()
 
 
@@ -100,6 +103,7 @@ class _Grower:
         policy: Policy,
         network: Network,
         observations: NDArray[np.float32],
+        actions: NDArray[np.float32],
         tolerance: Floats,
         max_regions: int,
         max_certificates: int,
@@ -108,7 +112,7 @@ class _Grower:
         self.policy, self.network, self.tolerance = policy, network, tolerance
         self.decision = policy.card.decision
         self.rows = decision_rows(network.outputs, self.decision)
-        self.x = observations.astype(float)
+        self.x, self.y = observations.astype(float), actions.astype(float)
         self.max_regions, self.max_certificates, self.progress = max_regions, max_certificates, progress
         spread = self.x.std(axis=0)
         self.scale = np.where(spread > 1e-9, spread, 1.0)
@@ -195,7 +199,7 @@ class _Grower:
             mean = points.mean(axis=0)
             # a few points do not show all axes; a little of the identity keeps the rest apart
             covariance = (points - mean).T @ (points - mean) / len(points) + 1e-9 * np.eye(n)
-            _, vectors = np.linalg.eigh(covariance)
+            vectors = self._axes(points - mean, self.y[node.points], covariance)
             along = (points - mean) @ vectors
             low, high = along.min(axis=0), along.max(axis=0)
             center[k] = (mean + vectors @ (0.5 * (low + high))) * self.scale
@@ -205,14 +209,27 @@ class _Grower:
             widths[k] = np.maximum(MARGIN * 0.5 * (high - low), np.minimum(spacing, 0.5 * (high - low).max() * 0.2))
         return Regions.from_axes(center, axes, widths)
 
+    def _axes(self, points: Floats, actions: Floats, covariance: Floats) -> Floats:
+        """One axis along which the action changes most (a limit that clips it is a plane across that axis), and the
+        principal axes of what is left."""
+        slope = np.linalg.lstsq(points, actions - actions.mean(axis=0), rcond=1e-6)[0]
+        direction = np.linalg.svd(slope)[0][:, :1] if np.abs(slope).max() > 1e-9 else np.zeros((len(covariance), 1))
+        rest = np.eye(len(covariance)) - direction @ direction.T
+        apart = 10.0 * (1.0 + np.trace(covariance)) * direction @ direction.T  # an eigenvalue of its own
+        vectors: Floats = np.linalg.eigh(rest @ covariance @ rest + apart)[1]
+        return vectors
+
     def _widened(self, certificates: Certificates, regions: Regions, points: list[NDArray[np.intp]]) -> Certificates:
         """Scale every region up as long as its bound is within tolerance everywhere in it.
 
         A decision has borders, where no bound is enough: there its own observations must stay answered.
         """
-        scale = np.ones(len(regions))
-        for factor in WIDEN:
-            wider = Regions(regions.center, regions.transform / (scale * factor)[:, None, None])
+        n = self.x.shape[1]
+        scale = np.ones((len(regions), n))
+        together = [np.full(n, factor) for factor in WIDEN]
+        single = [1.0 + axis * (factor - 1.0) for factor in STRETCH for axis in np.eye(n)]
+        for factors in [*together, *single]:
+            wider = Regions(regions.center, regions.transform / (scale * factors)[:, :, None])
             tried = self._certify(wider)
             if self.decision == "none":
                 better = (tried.worst <= self.tolerance).all(axis=1)
@@ -223,7 +240,7 @@ class _Grower:
             certificates = Certificates.join([certificates[~better], tried[better]])
             order = np.argsort(np.concatenate([np.flatnonzero(~better), np.flatnonzero(better)]))
             certificates = certificates[order]
-            scale = np.where(better, scale * factor, scale)
+            scale = np.where(better[:, None], scale * factors, scale)
         return certificates
 
     def _split(self, nodes: list[_Node], regions: Regions) -> None:

@@ -26,6 +26,7 @@ Array = NDArray[np.float64]
 UNIT32 = 2.0**-24  # unit roundoff of float32
 TINY32 = 2.0**-126  # smallest normal float32: what flushing denormals, or rounding one, can cost per operation
 HUGE32 = 2.0**126  # partial sums below this cannot overflow float32
+BACKWARD_SIZE = 128 * 128  # largest weight matrix whose node is worth a backward pass of its own
 EXECUTION_TERMS = 3  # roundings on top of one per summed term: the bias, and a constant that was rounded when read
 TANH_ERROR = 2.0**-19  # absolute error allowed for float32 tanh; tests/test_execution_error.py measures it
 INFLATE = 1.0 + 1e-9  # covers the rounding of the short sums in which error bounds themselves are computed
@@ -152,6 +153,11 @@ def _interval(middle: Array, half: Array) -> tuple[Array, Array]:
     return low - pad * (np.abs(lower[..., -1]) + swing_l), high + pad * (np.abs(upper[..., -1]) + swing_u)
 
 
+def _at(weight: Array, constant: Array, center: Array) -> Array:
+    """weight @ center + constant, region by region."""
+    return np.einsum("brn,bn->br", weight, center) + constant
+
+
 def affine_bounds(network: Network, regions: Regions, rows: Array | None = None) -> AffineBounds:
     """Affine bounds over regions of combinations of the policy's outputs as executed in float32.
 
@@ -187,11 +193,26 @@ def _forward(network: Network, center: Array, generators: Array) -> tuple[dict[i
     forms = [_Forms(middle, half, *_interval(middle, half))]
     lines: dict[int, _Lines] = {}
     deltas: dict[int, Array] = {}
+    bends = [0]  # per node, how many elementwise nodes lie before it on the longest way
     for index, node in enumerate(network.nodes, start=1):
         if isinstance(node, Affine):
-            forms_here, deltas[index] = _forward_affine(node, forms, count)
-            forms.append(forms_here)
+            form, deltas[index] = _forward_affine(node, forms, count)
+            bends.append(max(bends[s] for s in node.sources))
+            # Behind one layer of bends, forward and backward bounds are the same; behind more, backward is tighter,
+            # but takes a product per region.
+            if bends[index] > 1 and max(w.size for w in node.weights) <= BACKWARD_SIZE:
+                for sign in (-1.0, 1.0):
+                    bound = _backward(network, center, generators, np.eye(node.size), lines, deltas, sign, start=index)
+                    weight, constant = bound[..., :-1], bound[..., -1]
+                    middle = np.concatenate([weight @ generators, _at(weight, constant, center)[..., None]], axis=2)
+                    low, high = _interval(np.moveaxis(middle, 0, 1), np.zeros((node.size, 1, 1)))
+                    if sign < 0:
+                        form.low = np.maximum(form.low, low)
+                    else:
+                        form.high = np.minimum(form.high, high)
+            forms.append(form)
         else:
+            bends.append(bends[node.source] + 1)
             source = forms[node.source]
             a_l, b_l, a_u, b_u = relax(node, source.low, source.high)
             execution = TANH_ERROR if node.function == "tanh" else 0.0  # relu and clip only select
@@ -260,16 +281,18 @@ def _backward(
     lines: dict[int, _Lines],
     deltas: dict[int, Array],
     sign: float,
+    start: int | None = None,
 ) -> Array:
-    """Upper (sign +1) or lower (-1) affine bound [B, r, d + 1] of rows @ output, coefficients in x.
+    """Upper (sign +1) or lower (-1) affine bound [B, r, d + 1] of rows @ node `start` (the output), coefficients in x.
 
     Bounds sign * rows from above and turns the result back, so that one code path serves both.
     """
     count = len(center)
-    pending: dict[int, Array] = {len(network.nodes): np.broadcast_to(sign * rows, (count, *rows.shape))}
+    start = len(network.nodes) if start is None else start
+    pending: dict[int, Array] = {start: np.broadcast_to(sign * rows, (count, *rows.shape))}
     constant = np.zeros((count, len(rows)))
     slack = np.zeros_like(constant)
-    for index in range(len(network.nodes), 0, -1):
+    for index in range(start, 0, -1):
         coefficient = pending.pop(index, None)
         if coefficient is None:
             continue

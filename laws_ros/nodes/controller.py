@@ -83,7 +83,7 @@ class Controller(rclpy.lifecycle.LifecycleNode):
         if self.get_parameter("autostart").value and (
             self.trigger_configure() != success or self.trigger_activate() != success
         ):
-            self.exit_code = 2
+            self.exit_code = 2 if rclpy.ok() else 0  # a signal may have come meanwhile
             return False
         return True
 
@@ -103,7 +103,8 @@ class Controller(rclpy.lifecycle.LifecycleNode):
             self.get_logger().error(f"not configured: {' '.join(str(error).split())}")
             return TransitionCallbackReturn.FAILURE
         except Exception:
-            self.get_logger().fatal(traceback.format_exc())  # rclpy would swallow it
+            if rclpy.ok():
+                self.get_logger().fatal(traceback.format_exc())  # rclpy would swallow it
             raise
         return super().on_configure(state)
 
