@@ -31,16 +31,17 @@ def workload(name: str) -> Workload:
         observed, acted = env.observation_space, env.action_space
         if not isinstance(observed, spaces.Box) or (observed.dtype == np.uint8 and len(observed.shape) > 1):
             raise WorkloadError(f"{name}: observation space {_brief(observed)} cannot be used; {SUPPORTED}")
-        if not isinstance(acted, (spaces.Box, spaces.Discrete)):
+        if isinstance(acted, spaces.Discrete):
+            actions = tuple(Channel(f"action{int(acted.start) + i}") for i in range(int(acted.n)))
+        elif isinstance(acted, spaces.Box):
+            actions = _channels("u", acted)
+        else:
             raise WorkloadError(f"{name}: action space {_brief(acted)} cannot be used; {SUPPORTED}")
-        discrete = isinstance(acted, spaces.Discrete)
         spec = WorkloadSpec(
             name=name,
             observations=_channels("x", observed),
-            actions=tuple(Channel(f"action{acted.start + i}") for i in range(acted.n))
-            if discrete
-            else _channels("u", acted),
-            discrete=discrete,
+            actions=actions,
+            discrete=isinstance(acted, spaces.Discrete),
             period_s=_period(env),
             episode_steps=(env.spec and env.spec.max_episode_steps) or 1000,
         )
