@@ -110,9 +110,9 @@ WORKLOAD = Workload(SPEC, CartpoleSimulation)
 # EXCURSION_S later) counts for at most EXCURSION_M. A far cart then never asks for more lean than 10 N can catch:
 # docs/adr/0002-cartpole-training.md compares it with the plain regulator.
 STATE_COST = np.array([4.0, 16.0, 1.0, 1.0])
-ACTION_COST = 0.07
+ACTION_COST = 0.03
 EXCURSION_S = 0.3
-EXCURSION_M = 0.5
+EXCURSION_M = 0.4
 
 
 def teacher() -> Callable[[NDArray[Any]], NDArray[np.float64]]:

@@ -46,7 +46,7 @@ class Recipe:
     """
 
     hidden: int = 2048
-    steps: int = 8000
+    steps: int = 5000
     batch: int = 256
     learning_rate: float = 5e-4
     rounds: int = 4
@@ -54,8 +54,8 @@ class Recipe:
     jitter: float = 0.3
     boxes: int = 16
     every: int = 2
-    half_width: float = 4.0
-    relaxation: float = 0.1
+    half_width: float = 3.0
+    relaxation: float = 0.05
     rounding: float = 1.0
     check_episodes: int = 200
     parity_samples: int = 20000

@@ -134,8 +134,8 @@ class Controller(rclpy.lifecycle.LifecycleNode):
         self._tolerance = cached.tolerance.tolist()
         self._cached, self._values = cached, p
         self.get_logger().info(
-            f"configured: {len(cached.library)} regions for {card.name}, {self._observations.topic_name} -> "
-            f"{self._commands.topic_name}"
+            f"configured: library {cached.library.digest}, {len(cached.library)} regions for {card.name}, "
+            f"{self._observations.topic_name} -> {self._commands.topic_name}"
         )
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:

@@ -68,19 +68,23 @@ def run(
     parameters = share_path(f"config/{workload}.yaml")
     if not parameters.exists():
         raise ConfigError(f"{parameters}: not found; it holds the nodes' parameters for workload {workload!r}")
-    cached = CachedPolicy.open(library_path, policy_path)
-    check_fit(cached.policy, workloads.get(workload))
+    if not seconds > 0:
+        raise ConfigError(f"seconds: {seconds:g} is no duration; more than 0 is needed")
+    interrupted = False
     with tempfile.TemporaryDirectory(prefix="laws_demo_") as logs:
         # A domain of its own: robots and other demonstrations on the network neither see nor disturb this one.
         os.environ |= {"ROS_DOMAIN_ID": str(1 + os.getpid() % 100), "ROS_LOG_DIR": logs}
         os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
         if os.environ.get("ROS_DISTRO") == "humble":
             os.environ["ROS_LOCALHOST_ONLY"] = "1"
-        print(f"{workload}: {len(cached.library)} regions, ROS_DOMAIN_ID={os.environ['ROS_DOMAIN_ID']}", file=out)
         recorder, nodes = Recorder(), []
         try:
             controller = Child("controller", parameters, policy=str(policy_path), library=str(library_path))
             nodes.append(controller)
+            cached = CachedPolicy.open(library_path, policy_path)
+            check_fit(cached.policy, workloads.get(workload))
+            domain = f"ROS_DOMAIN_ID={os.environ['ROS_DOMAIN_ID']}"
+            print(f"{workload}: library {cached.library.digest}, {len(cached.library)} regions, {domain}", file=out)
             # Nothing moves until the controller's decisions are seen, so that the very first one is checked, too.
             recorder.wait_for(DECISION, controller)
             simulator = Child("simulator", parameters, seed=seed, duration_s=float(seconds))
@@ -96,6 +100,7 @@ def run(
                 simulator.complain()
             recorder.spin(0.3)
         except KeyboardInterrupt:
+            interrupted = True
             print("interrupted", file=out)
         finally:
             for node in nodes:
@@ -104,7 +109,7 @@ def run(
     answers, episodes = recorder.table(DECISION), recorder.table(EPISODE)
     if not answers or not episodes:
         print("ended before the first answer", file=out)
-        return {"workload": workload, "steps": 0}, 0
+        return {"workload": workload, "steps": 0}, 0 if interrupted else 1
     summary = {
         "workload": workload,
         "seconds": float(episodes["time_s"][-1]),
@@ -290,8 +295,8 @@ def sentences(s: dict[str, Any], cached: CachedPolicy) -> str:
     ratio = s["return_cached"] / s["return_policy"] if s["return_policy"] else float("nan")
     return "\n".join(
         [
-            f"{s['steps']} answers in {s['seconds']:.1f} s: {s['hit_rate']:.1%} from {s['regions_used']} regions, "
-            f"the rest by the policy",
+            f"{s['steps']} answers in {s['seconds']:.1f} s, {s['hit_rate']:.2%} of them from the library "
+            f"({s['regions_used']} of its {s['regions']} regions), the rest by the policy",
             f"latency p50 / p99: hit {us('hit_us')}, policy {us('policy_us')}, message in to command out "
             f"{us('latency_us')}; {s['deadline_misses']} deadlines missed, {s['held']} ticks without a command",
             f"return {s['return_cached']:.1f} in {s['episodes']} episodes, of the policy alone "

@@ -9,7 +9,7 @@ import sys
 import traceback
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import rclpy
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
@@ -85,25 +85,16 @@ def fail(node: Any, error: Exception) -> None:
     """End a node whose own thread has failed, with the traceback in the log and exit code 1."""
     if not rclpy.ok():
         return  # ROS was shut down under it
-    node.get_logger().fatal("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+    node.get_logger().fatal("".join(traceback.format_exception(error)))
     node.exit_code = 1
     rclpy.shutdown()
 
 
-class RunnableNode(Protocol):
-    """A node that `run` can run."""
-
-    exit_code: int
-
-    def start(self) -> bool:
-        """Begin; False ends the node at once."""
-
-    def stop(self) -> None:
-        """End every thread of the node."""
-
-
-def run(make: Callable[[], RunnableNode]) -> int:
+def run(make: Callable[[], Any]) -> int:
     """Run a node until it shuts ROS down or is told to end.
+
+    Args:
+        make: returns a node that has, beside rclpy's, `start()` (False ends it at once), `stop()` and `exit_code`.
 
     Returns:
         The node's exit code (0 after SIGINT and SIGTERM), or 2 for bad parameters, with one line on stderr.

@@ -14,7 +14,6 @@ command the robot waits at observation 0, published again every period, and simu
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 
@@ -126,7 +125,7 @@ class Simulator(Node):
                 return
             self._publish(0.0, observation)
             time.sleep(tick_s)
-        command = self._command
+        command = None
         tick = episode = step = held = late = 0
         total = 0.0
         due = time.monotonic()
@@ -138,10 +137,9 @@ class Simulator(Node):
             time.sleep(max(0.0, due - time.monotonic()))
             if self._paused:
                 continue
-            if self._command is None:
-                held += 1
-            else:
-                command, self._command = self._command, None
+            newest = self._command
+            held += newest is command
+            command = newest
             observation, reward, ended = plant.step(int(command[0]) if spec.discrete else command)
             tick, step, total = tick + 1, step + 1, total + reward
             ended = ended or step == spec.episode_steps or self._reset
@@ -153,8 +151,8 @@ class Simulator(Node):
             self._episodes.publish(set_data(self._row, row))
 
     def _publish(self, time_s: float, observation: np.ndarray) -> None:
-        fraction, whole = math.modf(time_s)
-        stamp = Time(sec=int(whole), nanosec=round(fraction * 1e9) % 1_000_000_000)
+        sec, nanosec = divmod(round(time_s * 1e9), 10**9)
+        stamp = Time(sec=sec, nanosec=nanosec)
         message = JointState()
         message.header.stamp = stamp
         self._joints.write(message, observation)
