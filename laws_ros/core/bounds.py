@@ -14,6 +14,7 @@ its rounding is bounded the same way and added to delta. docs/soundness.md has t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,8 @@ TINY32 = 2.0**-126  # smallest normal float32: what flushing denormals, or round
 HUGE32 = 2.0**126  # partial sums below this cannot overflow float32
 BACKWARD_SIZE = 128 * 128  # largest weight matrix whose node is worth a backward pass of its own
 EXECUTION_TERMS = 3  # roundings on top of one per summed term: the bias, and a constant that was rounded when read
-TANH_ERROR = 2.0**-19  # absolute error allowed for float32 tanh; tests/test_execution_error.py measures it
+STEPS, SEARCH, GOLDEN = 32, 20, 0.6180339887498949  # grid and search by which smooth functions are relaxed
+STRAIGHT, FLAT = 40.0, 1e-15  # beyond 40 every smooth function's second derivative is below 1e-15
 INFLATE = 1.0 + 1e-9  # covers the rounding of the short sums in which error bounds themselves are computed
 
 
@@ -51,86 +53,84 @@ class AffineBounds:
 
 
 def relax(node: Elementwise, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
-    """Lines a_l z + b_l <= f(z) <= a_u z + b_u for low <= z <= high; slopes are never negative.
+    """Lines a_l z + b_l <= f(z) <= a_u z + b_u for low <= z <= high: the ones that are tightest at the middle.
+
+    The upper line supports the least concave function above f, the lower one the greatest convex function below it
+    (for a bent ReLU: the chord above, and below 0 or the identity, whichever leaves the smaller area). Slopes are found;
+    offsets are then computed for whatever slope was found: at ends and kinks for piecewise linear functions, else on a
+    grid, where a function with |f''| <= c lies at most c h^2 / 8 beyond its values at points h apart. So a slope can be
+    poor, but a line cannot be wrong.
 
     Args:
         low, high: bounds of the node's argument, any common shape.
 
     Returns:
-        (a_l, b_l, a_u, b_u), each of that shape; rounded outward.
+        (a_l, b_l, a_u, b_u), each of that shape.
     """
-    if node.function == "tanh":
-        return _relax_tanh(low, high)
-    if node.function == "relu":
-        return _relax_hinge(low, high)
-    # clip(z) = lo + relu(z - lo) - relu(z - hi): one bend is a hinge, two bends have their own pair of chords.
-    lo, hi = node.low, node.high
-    a_l, b_l, a_u, b_u = _relax_hinge(low - lo, high - lo)
-    c_l, d_l, c_u, d_u = _relax_hinge(hi - high, hi - low)
-    bends_below, bends_above = low < lo, high > hi
-    with np.errstate(all="ignore"):
-        up = (hi - lo) / (hi - low)
-        down = (hi - lo) / (high - lo)
-    both = bends_below & bends_above & (high > lo) & (low < hi)
-    only_above = bends_above & ~both & (low >= lo)
-    # near the upper bend clip(z) = hi - relu(hi - z): the hinge mirrored, so its lines change places
-    out_l = np.where(both, down, np.where(only_above, c_u, a_l))
-    off_l = np.where(both, lo - down * lo, np.where(only_above, hi - d_u - c_u * hi, b_l + lo - a_l * lo))
-    out_u = np.where(both, up, np.where(only_above, c_l, a_u))
-    off_u = np.where(both, hi - up * hi, np.where(only_above, hi - d_l - c_l * hi, b_u + lo - a_u * lo))
-    below, above = high <= lo, low >= hi
-    for slope in (out_l, out_u):
-        slope[below | above] = 0.0
-    for offset in (off_l, off_u):
-        offset[below] = lo
-        offset[above] = hi
-    pad = 8 * UNIT * (abs(lo) + abs(hi) + np.maximum(np.abs(low), np.abs(high)))
-    return out_l, off_l - pad, out_u, off_u + pad
+    curvature = node.facts.curvature(node.parameters)
+    points, spacing = _grid(node, low, high, STEPS if curvature else 1)
+    values = node(points)
+    beyond = np.zeros_like(low)
+    if curvature:
+        beyond = 0.125 * (curvature * spacing**2 + FLAT * (high - low) ** 2) * INFLATE + 1e-15
+    offsets = points - 0.5 * (low + high)
+    peak = np.maximum(np.abs(low), np.abs(high))
+    lines = []
+    for sign in (-1.0, 1.0):
+        if curvature:
+            slope = _touching(offsets, sign * values, sign * node.derivative(points))
+        else:
+            slope = _highest_chord(offsets, sign * values)
+        height = (sign * values - slope * points).max(axis=0)
+        pad = 8 * UNIT * (np.abs(slope) * peak + np.abs(values).max(axis=0))
+        lines += [sign * slope, sign * (height + beyond + pad)]
+    a_l, b_l, a_u, b_u = lines
+    return a_l, b_l, a_u, b_u
 
 
-def _relax_hinge(low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
-    bent = (low < 0.0) & (high > 0.0)
-    with np.errstate(all="ignore"):
-        chord = np.where(bent, high / (high - low), high > 0.0)
-    top = np.where(bent, -chord * low * (1 + 8 * UNIT), 0.0)
-    # the rounded chord must still lie above the bend's far end: high * chord + top >= high
-    top = np.where(bent, top + 4 * UNIT * (high - low), 0.0)
-    # below, of the sound slopes 0 to 1 the end that leaves the smaller area
-    return np.where(bent, (high > -low).astype(float), chord), np.zeros_like(low), chord, top
+def _grid(node: Elementwise, low: Array, high: Array, intervals: int) -> tuple[Array, Array]:
+    """Points [P, ...] in rising order: the ends, the kinks, and `intervals` equal steps; and the steps' width.
+
+    Far out, where functions are straight, there are no steps.
+    """
+    near, far = np.clip(low, -STRAIGHT, STRAIGHT), np.clip(high, -STRAIGHT, STRAIGHT)
+    steps = [near + (far - near) * (k / intervals) for k in range(1, intervals)]
+    kinks = [np.clip(kink, low, high) for kink in node.facts.kinks(node.parameters)]
+    inner = [near, *steps, far] if intervals > 1 else []
+    return np.sort(np.stack([low, high, *inner, *kinks]), axis=0), (far - near) / intervals
 
 
-def _relax_tanh(low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
-    t_low, t_high = np.tanh(low), np.tanh(high)
-    with np.errstate(all="ignore"):
-        chord = np.where(high > low, (t_high - t_low) / (high - low), 1.0 - t_low**2)
-    # On [0, inf) tanh is concave: a tangent at d >= 0 lies above it there, and above it on [low, 0] as well once it
-    # does so at low. The smallest such d is found by bisection; the end that surely qualifies is kept.
-    a_u, b_u = _tanh_above(low, high, t_low, chord)
-    a_l, b_l = _tanh_above(-high, -low, -t_high, chord)
-    pad = 1e-14 + 8 * UNIT * np.maximum(np.abs(low), np.abs(high))
-    return a_l, -b_l - pad, a_u, b_u + pad
+def _highest_chord(offsets: Array, values: Array) -> Array:
+    """Slope, at offset 0, of the least concave function above a few points."""
+    best, slope = np.full_like(offsets[0], -np.inf), np.zeros_like(offsets[0])
+    for i, j in combinations(range(len(offsets)), 2):
+        over = (offsets[i] <= 0.0) & (offsets[j] >= 0.0) & (offsets[i] < offsets[j])
+        chord = (values[j] - values[i]) / np.where(over, offsets[j] - offsets[i], 1.0)
+        height = values[i] - chord * offsets[i]
+        better = over & (height > best)
+        best, slope = np.where(better, height, best), np.where(better, chord, slope)
+    return slope
 
 
-def _tanh_above(low: Array, high: Array, t_low: Array, chord: Array) -> tuple[Array, Array]:
-    def tangent(d: Array) -> tuple[Array, Array]:
-        value = np.tanh(d)
-        slope = 1.0 - value**2
-        return slope, value - slope * d
+def _touching(offsets: Array, values: Array, slopes: Array) -> Array:
+    """The same for many points of a smooth function with the given slopes: golden-section search, since the height at
+    offset 0 of the least line above the points is a convex function of the line's slope."""
 
-    start, end = np.maximum(low, 0.0), np.maximum(high, 0.0)
-    near, far = start.copy(), end.copy()
-    for _ in range(30):
-        middle = 0.5 * (near + far)
-        slope, offset = tangent(middle)
-        enough = slope * low + offset >= t_low
-        far = np.where(enough, middle, far)
-        near = np.where(enough, near, middle)
-    concave = low >= 0.0
-    slope, offset = tangent(np.where(concave, 0.5 * (low + high), far))
-    # no tangent within [0, high] clears the left end: the chord is then above
-    use_chord = (high <= 0.0) | (~concave & (slope * low + offset < t_low - 1e-15))
-    chord_offset = np.maximum(t_low - chord * low, np.tanh(high) - chord * high)
-    return np.where(use_chord, chord, slope), np.where(use_chord, chord_offset, offset)
+    def height(slope: Array) -> Array:
+        result: Array = (values - slope * offsets).max(axis=0)
+        return result
+
+    left, right = slopes.min(axis=0), slopes.max(axis=0)
+    a, b = right - GOLDEN * (right - left), left + GOLDEN * (right - left)
+    at_a, at_b = height(a), height(b)
+    for _ in range(SEARCH):
+        lower = at_a < at_b
+        left, right = np.where(lower, left, a), np.where(lower, b, right)
+        new = np.where(lower, right - GOLDEN * (right - left), left + GOLDEN * (right - left))
+        at_new = height(new)
+        a, b = np.where(lower, new, b), np.where(lower, a, new)
+        at_a, at_b = np.where(lower, at_new, at_b), np.where(lower, at_a, at_new)
+    return 0.5 * (left + right)
 
 
 @dataclass
@@ -215,26 +215,34 @@ def _forward(network: Network, center: Array, generators: Array) -> tuple[dict[i
             bends.append(bends[node.source] + 1)
             source = forms[node.source]
             a_l, b_l, a_u, b_u = relax(node, source.low, source.high)
-            execution = TANH_ERROR if node.function == "tanh" else 0.0  # relu and clip only select
             peak = np.maximum(np.abs(source.low), np.abs(source.high))
-            pad = execution + 4 * UNIT * (peak * np.maximum(a_l, a_u) + np.abs(b_l) + np.abs(b_u))
+            absolute, relative = node.facts.execution(node.parameters)
+            execution = (absolute + relative * peak) * INFLATE
+            steepest = np.maximum(np.abs(a_l), np.abs(a_u))
+            pad = execution + 4 * UNIT * (peak * steepest + np.abs(b_l) + np.abs(b_u))
             b_l, b_u = b_l - pad, b_u + pad
             # An inactive ReLU is exactly zero, whatever was padded.
             dead = source.high <= 0.0 if node.function == "relu" else np.zeros_like(peak, dtype=bool)
             b_l[dead] = b_u[dead] = 0.0
             lines[index] = (a_l, b_l, a_u, b_u, dead)
-            lower = a_l[..., None] * (source.middle - source.half)
-            upper = a_u[..., None] * (source.middle + source.half)
+            lower, upper = source.middle - source.half, source.middle + source.half
+            if (a_l < 0.0).any() or (a_u < 0.0).any():  # a falling line takes the other end
+                lower, upper = (
+                    np.where(a_l[..., None] < 0.0, upper, lower),
+                    np.where(a_u[..., None] < 0.0, lower, upper),
+                )
+            lower, upper = a_l[..., None] * lower, a_u[..., None] * upper
             lower[..., -1] += b_l
             upper[..., -1] += b_u
             slack = 8 * UNIT * (np.abs(lower).sum(-1) + np.abs(upper).sum(-1))
             middle, half = 0.5 * (upper + lower), 0.5 * (upper - lower)
             half[..., -1] += slack
             low, high = _interval(middle, half)
-            # the function's own range is often tighter than its lines'
-            f_low, f_high = node(source.low), node(source.high)
-            wiggle = execution + (1e-15 if execution else 0.0)
-            forms.append(_Forms(middle, half, np.maximum(low, f_low - wiggle), np.minimum(high, f_high + wiggle)))
+            if node.facts.increasing:  # the function's own range is often tighter than its lines'
+                wiggle = execution + 4 * UNIT * np.abs(node(peak)) if absolute else execution
+                low = np.maximum(low, node(source.low) - wiggle)
+                high = np.minimum(high, node(source.high) + wiggle)
+            forms.append(_Forms(middle, half, low, high))
     return lines, deltas
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ Array = NDArray[np.float64]
 _U32 = 2.0**-24
 _U64 = 2.0**-53
 _TINY = 2.0**-126
-_TANH32 = 2.0**-19  # allowance for float32 tanh, absolute
+_STEPS = 48  # of the grid on which smooth functions are bounded
 _MORE = 1.0 + 1e-9
 
 
@@ -63,7 +64,7 @@ class Checker:
                 full = [np.diag(w) if w.ndim == 1 else w for w in node.weights]
                 self.matrices[index] = [(w, np.abs(w)) for w in full]
 
-    def verdict(self, certificates: Certificates, index: int, splits: int = 16) -> str:
+    def verdict(self, certificates: Certificates, index: int, splits: int = 64) -> str:
         """ "holds" if certificate `index` is proved over its whole region, else "unknown".
 
         A region that is not proved as a whole is halved, up to `splits` times, and proved part by part.
@@ -243,7 +244,9 @@ class _Proof:
         shift, gap = 0.5 * (line.offset_high + line.offset_low), 0.5 * (line.offset_high - line.offset_low)
         two = np.flatnonzero((bend != 0.0) | (gap != 0.0))
         cost = np.maximum(np.abs(line.offset_high), np.abs(line.offset_low))
-        rounding = 4 * (len(peak) + 4) * _U64 * cost + 4 * _U64 * np.where(mean > 0, mean * peak, 0.0)
+        steep = np.maximum(np.abs(line.slope_high), np.abs(line.slope_low))
+        live = (steep > 0) | (cost > 0)
+        rounding = 4 * (len(peak) + 4) * _U64 * cost + 4 * _U64 * np.where(live, steep * peak, 0.0)
         below = self.network.nodes[node.source - 1] if node.source > 0 else None
         fuse = isinstance(below, Affine) and len(below.sources) == 1 and len(rows) > self._size(below.sources[0])
         if not fuse:
@@ -254,91 +257,78 @@ class _Proof:
             return plain
         assert isinstance(below, Affine)
         matrix, _ = self.matrices[node.source][0]
-        live = mean > 0
-        rounding = rounding + 8 * _rounding(len(peak) + 8, _U64) * mean * np.where(live, self.volume[node.source], 0.0)
-        error = np.where(live, self.error[node.source], 0.0)
-        straight = np.column_stack([mean[:, None] * matrix, mean * below.bias + shift, bend * error])
+        # |coefficient| of what feeds it, split the same way: its rounding adds up by magnitude
+        lean = 0.5 * (np.abs(line.slope_high) + np.abs(line.slope_low))
+        tilt = 0.5 * (np.abs(line.slope_high) - np.abs(line.slope_low))
+        volume, error = (np.where(live, of[node.source], 0.0) for of in (self.volume, self.error))
+        rounding = rounding + 8 * _rounding(len(peak) + 8, _U64) * steep * volume
+        straight = np.column_stack([mean[:, None] * matrix, mean * below.bias + shift, tilt * error])
         bent = np.column_stack([bend[two, None] * matrix[two], bend[two] * below.bias[two] + gap[two]])
         total = sign * (rows @ straight)
         total[:, :-1] += size[:, two] @ bent
         add(below.sources[0], total[:, :-2])
-        result: Array = total[:, -2] + total[:, -1] + size @ (mean * error + rounding) * _MORE
+        result: Array = total[:, -2] + total[:, -1] + size @ (lean * error + rounding) * _MORE
         return result
 
     def _elementwise(self, index: int, node: Elementwise) -> None:
         low, high = self.low[node.source], self.high[node.source]
-        slope_low, slope_high = self._slopes(node, low, high)
-        candidates_low = [low, high, *_critical(node, slope_low, low, high)]
-        candidates_high = [low, high, *_critical(node, slope_high, low, high)]
-        offset_low = np.min([node(z) - slope_low * z for z in candidates_low], axis=0)
-        offset_high = np.max([node(z) - slope_high * z for z in candidates_high], axis=0)
+        slope_high, offset_high = _above(node, low, high, 1.0)
+        slope_low, offset_low = _above(node, low, high, -1.0)
+        slope_low, offset_low = -slope_low, -offset_low
         peak = np.maximum(np.abs(low), np.abs(high))
-        pad = 8 * _U64 * (peak * np.maximum(slope_low, slope_high) + np.abs(offset_low) + np.abs(offset_high))
-        executed = 0.0
-        if node.function == "tanh":
-            executed = _TANH32
-            pad = pad + executed + 1e-14
-        if node.function == "clip":
-            pad = pad + 8 * _U64 * (abs(node.low) + abs(node.high))
+        absolute, relative = node.facts.execution(node.parameters)
+        executed = (absolute + relative * peak) * _MORE
+        steepest = np.maximum(np.abs(slope_low), np.abs(slope_high))
+        pad = executed + 8 * _U64 * (peak * steepest + np.abs(offset_low) + np.abs(offset_high))
         self.bend = self.bend + self.swing[node.source][slope_low != slope_high].sum(axis=0)
         self.swing[index] = self.swing[node.source]
-        exact = np.zeros(len(low), dtype=bool)
-        if node.function == "relu":
-            exact = (high <= 0.0) | (low >= 0.0)  # zero, or its argument: no rounding, no bend
-            dead = high <= 0.0
-            slope_low, slope_high = np.where(exact, ~dead, slope_low), np.where(exact, ~dead, slope_high)
-        self.line[index] = _Line(
-            slope_low, np.where(exact, 0.0, offset_low - pad), slope_high, np.where(exact, 0.0, offset_high + pad)
-        )
-        self.low.append(node(low) - executed * _MORE)
-        self.high.append(node(high) + executed * _MORE)
-
-    def _slopes(self, node: Elementwise, low: Array, high: Array) -> tuple[Array, Array]:
-        """Any slopes are sound, since offsets are computed for them; these are the tight ones."""
-        width = high - low
-        chord = np.where(width > 0, (node(high) - node(low)) / np.where(width > 0, width, 1.0), 0.0)
-        if node.function == "relu":
-            return np.where(high > -low, 1.0, 0.0), chord
-        if node.function == "clip":
-            lo, hi = node.low, node.high
-            below, above = low < lo, high > hi
-            up = np.where(
-                above & below, (hi - lo) / (hi - low), np.where(above, np.where(hi - low > high - hi, 1.0, 0.0), chord)
-            )
-            down = np.where(
-                above & below, (hi - lo) / (high - lo), np.where(below, np.where(high - lo > lo - low, 1.0, 0.0), chord)
-            )
-            outside = (high <= lo) | (low >= hi)
-            return np.where(outside, 0.0, down), np.where(outside, 0.0, up)
-        tangent = 1.0 - np.tanh(0.5 * (low + high)) ** 2
-        up = np.where(low >= 0, tangent, np.where(high <= 0, chord, _touching(low, high, chord)))
-        down = np.where(high <= 0, tangent, np.where(low >= 0, chord, _touching(-high, -low, chord)))
-        return down, up
+        offset_low, offset_high = offset_low - pad, offset_high + pad
+        values = node(low), node(high)
+        if not node.facts.increasing:  # its range is that of its lines
+            ends_low = np.minimum(slope_low * low, slope_low * high) + offset_low
+            ends_high = np.maximum(slope_high * low, slope_high * high) + offset_high
+            values = ends_low, ends_high
+        if node.function == "relu":  # nothing, or its argument: no bend and no rounding
+            dead, whole = high <= 0.0, low >= 0.0
+            slope_low, slope_high = (np.where(dead, 0.0, np.where(whole, 1.0, s)) for s in (slope_low, slope_high))
+            offset_low, offset_high = (np.where(dead | whole, 0.0, o) for o in (offset_low, offset_high))
+        self.line[index] = _Line(slope_low, offset_low, slope_high, offset_high)
+        self.low.append(values[0] - executed * _MORE - 4 * _U64 * np.abs(values[0]))
+        self.high.append(values[1] + executed * _MORE + 4 * _U64 * np.abs(values[1]))
 
 
-def _touching(low: Array, high: Array, chord: Array) -> Array:
-    """Slope of the line through (low, tanh low) that touches tanh between 0 and high; the chord's if there is none."""
+def _above(node: Elementwise, low: Array, high: Array, sign: float) -> tuple[Array, Array]:
+    """Slope and offset of a line above sign * f on [low, high], as low as can be at the middle.
 
-    def clears(d: Array) -> NDArray[np.bool_]:
-        value = np.tanh(d)
-        return value + (1.0 - value**2) * (low - d) >= np.tanh(low)
+    For any slope, the least sound offset is the maximum of sign * f(z) - slope * z: over the ends and kinks where f is
+    piecewise linear; else over a fine grid, plus what a function of that curvature can rise between its points.
+    """
+    facts, middle = node.facts, 0.5 * (low + high)
+    kinks = [np.clip(kink, low, high) for kink in facts.kinks(node.parameters)]
+    curvature = facts.curvature(node.parameters)
+    steps = _STEPS if curvature else 1
+    points = np.stack([low + (high - low) * (k / steps) for k in range(steps)] + [high, *kinks])
+    values = sign * node(points)
+    rise = 0.125 * curvature * ((high - low) / steps) ** 2 * _MORE + (1e-15 if curvature else 0.0)
 
-    near, far = np.zeros_like(low), np.maximum(high, 0.0)
-    exists = clears(far)
-    for _ in range(60):
-        middle = 0.5 * (near + far)
-        enough = clears(middle)
-        near, far = np.where(enough, near, middle), np.where(enough, middle, far)
-    return np.where(exists, 1.0 - np.tanh(far) ** 2, chord)
+    def height(slope: Array) -> Array:
+        """Of the line at the middle."""
+        result: Array = (values - slope * (points - middle)).max(axis=0)
+        return result
 
-
-def _critical(node: Elementwise, slope: Array, low: Array, high: Array) -> list[Array]:
-    """Where f(z) - slope z can be extreme inside [low, high] besides its ends."""
-    if node.function == "relu":
-        points = [np.zeros_like(low)]
-    elif node.function == "clip":
-        points = [np.full_like(low, node.low), np.full_like(low, node.high)]
+    if curvature:
+        slopes = sign * node.derivative(points)
+        left, right = slopes.min(axis=0), slopes.max(axis=0)
+        for _ in range(40):  # height is convex in the slope
+            a, b = left + (right - left) / 3, right - (right - left) / 3
+            lower = height(a) < height(b)
+            left, right = np.where(lower, left, a), np.where(lower, b, right)
+        slope = 0.5 * (left + right)
     else:
-        where = np.arctanh(np.sqrt(np.clip(1.0 - slope, 0.0, 1.0 - 1e-16)))
-        points = [where, -where]
-    return [np.clip(p, low, high) for p in points]
+        slope, best = np.zeros_like(low), np.full_like(low, np.inf)
+        for i, j in combinations(range(len(points)), 2):
+            width = points[j] - points[i]
+            chord = np.where(width != 0, (values[j] - values[i]) / np.where(width != 0, width, 1.0), 0.0)
+            lower = height(chord) < best
+            slope, best = np.where(lower, chord, slope), np.where(lower, height(chord), best)
+    return slope, (values - slope * points).max(axis=0) + rise

@@ -13,6 +13,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from .functions import FUNCTIONS, Function
+
 Array = NDArray[np.float64]
 
 
@@ -44,29 +46,24 @@ class Affine:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """y = f(x) entry by entry, f one of "relu", "tanh", "clip" (to [low, high])."""
+    """y = f(x) entry by entry, f one of `functions.FUNCTIONS`."""
 
     source: int
     function: str
     size: int
-    low: float = 0.0
-    high: float = 0.0
+    parameters: tuple[float, ...] = ()
     name: str = ""
 
+    @property
+    def facts(self) -> Function:
+        return FUNCTIONS[self.function]
+
     def __call__(self, x: Array) -> Array:
-        if self.function == "relu":
-            return np.maximum(x, 0.0)
-        if self.function == "tanh":
-            return np.tanh(x)
-        return np.clip(x, self.low, self.high)
+        return self.facts.value(x, self.parameters)
 
     def derivative(self, x: Array) -> Array:
         """A (sub)gradient at x."""
-        if self.function == "relu":
-            return (x > 0.0).astype(float)
-        if self.function == "tanh":
-            return 1.0 - np.tanh(x) ** 2
-        return ((x > self.low) & (x < self.high)).astype(float)
+        return self.facts.slope(x, self.parameters)
 
 
 Node = Affine | Elementwise

@@ -202,6 +202,25 @@ class _Reader:
             raise self._refuse(node, f"limits {limits}: a lower limit below an upper one is needed")
         return self._elementwise(node, "clip", limits[0], limits[1])
 
-    def _elementwise(self, node: onnx.NodeProto, function: str, low: float = 0.0, high: float = 0.0) -> Elementwise:
+    def _read_leakyrelu(self, node: onnx.NodeProto, alpha: float = 0.01) -> Elementwise:
+        return self._elementwise(node, "leakyrelu", alpha)
+
+    def _read_elu(self, node: onnx.NodeProto, alpha: float = 1.0) -> Elementwise:
+        return self._elementwise(node, "elu", alpha)
+
+    def _read_selu(
+        self, node: onnx.NodeProto, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875
+    ) -> Elementwise:
+        return self._elementwise(node, "selu", alpha, gamma)
+
+    def _read_sigmoid(self, node: onnx.NodeProto) -> Elementwise:
+        return self._elementwise(node, "sigmoid")
+
+    def _read_softplus(self, node: onnx.NodeProto) -> Elementwise:
+        return self._elementwise(node, "softplus")
+
+    def _elementwise(self, node: onnx.NodeProto, function: str, *parameters: float) -> Elementwise:
+        if any(not 0.0 <= p < 100.0 for p in parameters if function != "clip"):
+            raise self._refuse(node, f"parameters {parameters}: values from 0 to 100 are bounded")
         source = self._observed(node, node.input[0])
-        return Elementwise(source, function, self._size(source), low, high, node.name)
+        return Elementwise(source, function, self._size(source), parameters, node.name)
