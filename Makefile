@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := setup.py setup.cfg pyproject.toml
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test torch lint test-install clean
+.PHONY: help run test lint types torch test-install clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -15,13 +15,15 @@ run: .venv/.run ## the main job: a simulated robot under the certified controlle
 test: lint ## all checks and tests (those of training need `make torch` first)
 	$(BIN)/pytest
 
-lint: .venv/.test ## style, types and the import rules
+lint: .venv/.test ## style and the import rules
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_import_rules.py
 
-torch: .venv/.run ## add PyTorch, for training policies (on PyPI it comes with CUDA, gigabytes)
-	$(BIN)/pip install --quiet torch==2.13.0
+types: .venv/.test ## static types (apart from `make test`: NumPy's own types differ from version to version)
+	$(BIN)/mypy
+
+torch: .venv/.run ## add PyTorch and SciPy, for training policies (on PyPI it comes with CUDA, gigabytes)
+	$(BIN)/pip install --quiet --editable '.[train]' torch==2.13.0
 
 test-install: .venv/.test ## pip installs into fresh environments (minutes)
 	$(BIN)/pytest -m slow tests/test_packaging.py

@@ -56,7 +56,7 @@ def relax(node: Elementwise, low: Array, high: Array) -> tuple[Array, Array, Arr
     """Lines a_l z + b_l <= f(z) <= a_u z + b_u for low <= z <= high: the ones that are tightest at the middle.
 
     The upper line supports the least concave function above f, the lower one the greatest convex function below it
-    (for a bent ReLU: the chord above, and below 0 or the identity, whichever leaves the smaller area). Slopes are found;
+    (for a bent ReLU: the chord above, and below 0 or the identity, whichever leaves less area). Slopes are searched;
     offsets are then computed for whatever slope was found: at ends and kinks for piecewise linear functions, else on a
     grid, where a function with |f''| <= c lies at most c h^2 / 8 beyond its values at points h apart. So a slope can be
     poor, but a line cannot be wrong.
