@@ -134,3 +134,25 @@ def test_models_with_a_fixed_batch_still_run_in_batches(tmp_path) -> None:
     policy = Policy(path)
     x = rng.normal(size=(7, 3)).astype(F)
     np.testing.assert_allclose(policy.batch(x), x @ w, rtol=1e-5)
+
+
+def test_constants_may_be_made_of_constants_and_joined_to_observations(tmp_path) -> None:
+    nodes = [
+        helper.make_node("Constant", [], ["w"], value=helper.make_tensor("w", 1, [2, 3], [1, 2, 3, 4, 5, 6])),
+        helper.make_node("Transpose", ["w"], ["wt"], perm=[1, 0]),
+        helper.make_node("MatMul", ["observation", "wt"], ["y"]),
+        helper.make_node("Concat", ["y", "one", "observation"], ["z"], axis=1),
+        helper.make_node("Gather", ["z", "order"], ["action"], axis=1),
+    ]
+    constants = {"one": np.array([[7.0]], F), "order": np.array([5, 2, 0, 0], np.int64)}
+    path = save_model(tmp_path / "p.onnx", nodes, constants, 3, 4, batch=1)
+    x = np.array([0.5, -1.0, 2.0], F)
+    np.testing.assert_allclose(load_network(path)(x[None].astype(float)), [[2.0, 7.0, 4.5, 4.5]])
+    np.testing.assert_allclose(Policy(path)(x), [2.0, 7.0, 4.5, 4.5])
+
+
+def test_what_mixes_observations_of_a_batch_is_refused(tmp_path) -> None:
+    nodes = [helper.make_node("Transpose", ["observation"], ["action"], perm=[1, 0], name="mix")]
+    path = save_model(tmp_path / "p.onnx", nodes, {}, 2, 2, batch=2)
+    with pytest.raises(ModelError, match="'mix'.*mixes observations of a batch"):
+        load_network(path)

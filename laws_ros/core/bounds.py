@@ -78,7 +78,8 @@ def relax(node: Elementwise, low: Array, high: Array) -> tuple[Array, Array, Arr
     lines = []
     for sign in (-1.0, 1.0):
         if curvature:
-            slope = _touching(offsets, sign * values, sign * node.derivative(points))
+            tangent = sign * node.derivative(0.5 * (low + high))
+            slope = _touching(offsets, sign * values, sign * node.derivative(points), tangent)
         else:
             slope = _highest_chord(offsets, sign * values)
         height = (sign * values - slope * points).max(axis=0)
@@ -112,7 +113,7 @@ def _highest_chord(offsets: Array, values: Array) -> Array:
     return slope
 
 
-def _touching(offsets: Array, values: Array, slopes: Array) -> Array:
+def _touching(offsets: Array, values: Array, slopes: Array, tangent: Array) -> Array:
     """The same for many points of a smooth function with the given slopes: golden-section search, since the height at
     offset 0 of the least line above the points is a convex function of the line's slope."""
 
@@ -130,7 +131,9 @@ def _touching(offsets: Array, values: Array, slopes: Array) -> Array:
         at_new = height(new)
         a, b = np.where(lower, new, b), np.where(lower, a, new)
         at_a, at_b = np.where(lower, at_new, at_b), np.where(lower, at_a, at_new)
-    return 0.5 * (left + right)
+    found = 0.5 * (left + right)
+    # where the function itself is on top at offset 0, many slopes serve equally on a grid, and the tangent is meant
+    return np.where(height(tangent) <= height(found), tangent, found)
 
 
 @dataclass

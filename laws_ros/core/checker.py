@@ -323,7 +323,8 @@ def _above(node: Elementwise, low: Array, high: Array, sign: float) -> tuple[Arr
             a, b = left + (right - left) / 3, right - (right - left) / 3
             lower = height(a) < height(b)
             left, right = np.where(lower, left, a), np.where(lower, b, right)
-        slope = 0.5 * (left + right)
+        slope, tangent = 0.5 * (left + right), sign * node.derivative(middle)
+        slope = np.where(height(tangent) <= height(slope), tangent, slope)
     else:
         slope, best = np.zeros_like(low), np.full_like(low, np.inf)
         for i, j in combinations(range(len(points)), 2):

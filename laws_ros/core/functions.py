@@ -47,6 +47,10 @@ def _normal_cdf(z: Array) -> Array:
     return 0.5 * np.vectorize(math.erfc, otypes=[float])(-z / math.sqrt(2.0)) if z.size else z
 
 
+def _erf(z: Array) -> Array:
+    return np.vectorize(math.erf, otypes=[float])(z) if z.size else z
+
+
 def _normal_pdf(z: Array) -> Array:
     return np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
 
@@ -84,6 +88,12 @@ FUNCTIONS: dict[str, Function] = {
         lambda z, p: _sigmoid(z),
         lambda z, p: _sigmoid(z) * _sigmoid(-z),
         curvature=lambda p: 0.0963,  # 1 / (6 sqrt 3)
+        execution=lambda p: (_FEW_ULP, 0.0),
+    ),
+    "erf": Function(
+        lambda z, p: _erf(z),
+        lambda z, p: 2.0 / math.sqrt(math.pi) * np.exp(-z * z),
+        curvature=lambda p: 0.968,  # sqrt(8 / (pi e))
         execution=lambda p: (_FEW_ULP, 0.0),
     ),
     "softplus": Function(
