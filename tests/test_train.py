@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -71,6 +72,7 @@ def test_shipped_model_is_the_one_in_the_manifest():
     path = share_path("models/cartpole.onnx")
     assert sha256_file(path) == entry["sha256"]
     assert entry["parameters"] >= 4_000_000
+    assert entry["recipe"] == asdict(Recipe())  # the command in the manifest makes this model
     assert entry["policy_over_teacher"] >= 0.99
     assert load_card(path).observations == SPEC.observations
 

@@ -21,7 +21,7 @@ from laws_ros.core.certify import certify
 from laws_ros.core.library import Library
 from laws_ros.core.network import Network
 from laws_ros.core.region import Regions
-from laws_ros.core.trie import Splitter
+from laws_ros.core.trie import Splitter, Trie
 from laws_ros.runtime.policy import Policy
 from laws_ros.runtime.routing import Router
 
@@ -121,22 +121,31 @@ class _Grower:
         self.kept: list[Certificates] = []
         self.heap: list[tuple[int, int, _Node]] = []
         self.pushed = 0
-        self.done = 0
+        self.open = np.ones(len(self.x), dtype=bool)  # observations that no kept region answers
 
     def run(self) -> Growth:
         self._push(_Node(0, np.arange(len(self.x))))
         self._split_contexts()
-        while self.heap and self.tried < self.max_certificates and self._count() < self.max_regions:
-            nodes = [heapq.heappop(self.heap)[2] for _ in range(min(BATCH, len(self.heap)))]
+        while self.tried < self.max_certificates and self._count() < self.max_regions and (nodes := self._next()):
             self._work(nodes)
             self.progress(
                 f"{self._count()} regions, {self.tried} certificates tried, "
-                f"{100 * self.done / max(1, len(self.x)):.1f}% of observations covered"
+                f"{100 * (1 - self.open.mean()):.1f}% of observations covered"
             )
         return self._finish()
 
     def _count(self) -> int:
         return sum(len(k) for k in self.kept)
+
+    def _next(self) -> list[_Node]:
+        """The nodes with most observations that wait for an answer."""
+        nodes: list[_Node] = []
+        while self.heap and len(nodes) < BATCH:
+            node = heapq.heappop(self.heap)[2]
+            points = node.points[self.open[node.points]]
+            if len(points):
+                nodes.append(_Node(node.index, points))
+        return nodes
 
     def _push(self, node: _Node) -> None:
         if len(node.points):
@@ -168,24 +177,26 @@ class _Grower:
         )
         hits = np.split(hit, np.cumsum([len(n.points) for n in nodes])[:-1])
         full = [k for k, h in enumerate(hits) if h.all()]
+        # Half of a node's observations make a box worth keeping; what it leaves over gets boxes of its own.
+        some = [k for k, h in enumerate(hits) if 0.5 <= h.mean() < 1.0 or (len(h) < FEWEST and 0.0 < h.mean() < 1.0)]
         if full:
             self._keep(self._widened(certificates[full], regions[full], [nodes[k].points for k in full]))
-            self.done += sum(len(nodes[k].points) for k in full)
-        rest = [k for k in range(len(nodes)) if k not in set(full)]
-        partly = []
-        for k in rest:
-            node, share = nodes[k], hits[k].mean()
-            if share >= 0.5 or (share > 0 and len(node.points) < FEWEST):
-                # worth keeping as it is; what it leaves over gets boxes of its own
-                partly.append(k)
-                self.done += int(hits[k].sum())
-                nodes[k] = _Node(node.index, node.points[~hits[k]])
-        if partly:
-            self._keep(certificates[partly])
-        self._split([nodes[k] for k in rest if len(nodes[k].points) >= FEWEST], regions)
+        if some:
+            self._keep(certificates[some])
+        left = [_Node(node.index, node.points[self.open[node.points]]) for node in nodes]
+        self._split([node for node in left if len(node.points) >= FEWEST])
 
     def _keep(self, certificates: Certificates) -> None:
+        """Add experts, and close every observation that they answer, in whatever node it is."""
         self.kept.append(certificates)
+        trie = Trie.root().with_regions(certificates.regions, np.arange(len(certificates)))
+        waiting = np.flatnonzero(self.open)
+        found = Router(self._library(certificates, trie), self.tolerance).many(self.x[waiting])
+        self.open[waiting[found >= 0]] = False
+
+    def _library(self, certificates: Certificates, trie: Trie) -> Library:
+        visits = np.zeros(len(certificates), np.int64)
+        return Library(self.policy.sha256, self.policy.card, self.tolerance, certificates, trie, visits)
 
     def _certify(self, regions: Regions) -> Certificates:
         self.tried += len(regions)
@@ -232,7 +243,7 @@ class _Grower:
             wider = Regions(regions.center, regions.transform / (scale * factors)[:, :, None])
             tried = self._certify(wider)
             if self.decision == "none":
-                better = (tried.worst <= self.tolerance).all(axis=1)
+                better = np.all(tried.worst <= self.tolerance, axis=1)
             else:
                 which = np.repeat(np.arange(len(points)), [len(p) for p in points])
                 hit = answered(tried, which, self.x[np.concatenate(points)], self.tolerance, self.decision)
@@ -243,7 +254,7 @@ class _Grower:
             scale = np.where(better[:, None], scale * factors, scale)
         return certificates
 
-    def _split(self, nodes: list[_Node], regions: Regions) -> None:
+    def _split(self, nodes: list[_Node]) -> None:
         if not nodes:
             return
         n = self.x.shape[1]
@@ -285,14 +296,7 @@ class _Grower:
                 zero((0, r, n)),
                 zero((0, r)),
             )
-        library = Library(
-            self.policy.sha256,
-            self.policy.card,
-            self.tolerance,
-            certificates,
-            trie.counted(self.x),
-            np.zeros(len(certificates), np.int64),
-        )
+        library = self._library(certificates, trie.counted(self.x))
         # A region that others answer for is not worth its place; who answers is settled by routing all observations.
         found = self._visits(library.indexed(library.trie))[1]
         kept = np.flatnonzero(found)
