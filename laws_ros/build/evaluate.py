@@ -44,7 +44,7 @@ def check_fit(policy: Policy, workload: Workload) -> None:
                 )
 
 
-def policy_rollouts(policy: Policy, workload: Workload, episodes: int, seed: int, lanes: int = 64) -> Rollouts:
+def policy_rollouts(policy: Policy, workload: Workload, episodes: int, seed: int, lanes: int = 128) -> Rollouts:
     """Episodes driven by the full policy."""
     return rollouts(workload, lambda x: policy.decide(policy.batch(x)), episodes, seed, lanes)
 
