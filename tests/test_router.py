@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from laws_ros.build.grow import answered
 from laws_ros.core import router
-from laws_ros.core.errors import ConfigError
+from laws_ros.core.errors import ConfigError, ObservationError
 from laws_ros.core.library import Library
 from laws_ros.runtime import routing
 from laws_ros.runtime.cached_policy import CachedPolicy, check_tolerance
+from laws_ros.runtime.policy import Policy
 from laws_ros.runtime.routing import Router
+from tests.support import save_mlp
 
 
 def some(library: Library, which: np.ndarray) -> Library:
@@ -105,3 +107,18 @@ def test_tolerances_that_mean_nothing_are_refused(built, value) -> None:
 
 def test_zero_tolerance_is_allowed_and_answers_nothing_inexact(built) -> None:
     assert CachedPolicy(built.library, built.policy, [0.0]).lookup(queries(built, 5, 1)[0]) is None
+
+
+def test_a_policy_that_answers_nan_gives_no_action(built, tmp_path) -> None:
+    layers = [(np.full((2, 3), 3e38), np.zeros(2)), (np.array([[1.0, -1.0]]), np.zeros(1))]
+    policy = Policy(save_mlp(tmp_path / "p.onnx", layers))
+    library = Library(
+        policy.sha256,
+        policy.card,
+        np.zeros(1),
+        some(built.library, np.zeros(0, np.intp)).certificates,
+        built.library.trie,
+        np.zeros(0, np.int64),
+    )
+    with pytest.raises(ObservationError, match="not finite"):
+        CachedPolicy(library, policy).answer(np.ones(3, np.float32))

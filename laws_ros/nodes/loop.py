@@ -1,7 +1,8 @@
 """The control loop without ROS: one message in, at most one action out.
 
 A step, in order:
-1. a message that cannot be read or fails the card's check is counted, and no action comes of it;
+1. a message that cannot be read or fails the card's check, or for which the policy's output is not finite, is counted,
+   and no action comes of it;
 2. where the library answers, its action is published;
 3. otherwise the full policy answers, and its action is published.
 
@@ -102,16 +103,16 @@ class ControlLoop:
         try:
             observation = self._read(message)
             self._cached.card.check(observation)
+            began_ns = time.perf_counter_ns()
+            answer = self._cached.lookup(observation)
+            looked_ns = decided_ns = time.perf_counter_ns()
+            if answer is None:
+                answer = self._cached.fallback(observation)
+                decided_ns = time.perf_counter_ns()
         except ObservationError as error:
             self.rejection = str(error)
             self.rejected += 1
             return False
-        began_ns = time.perf_counter_ns()
-        answer = self._cached.lookup(observation)
-        looked_ns = decided_ns = time.perf_counter_ns()
-        if answer is None:
-            answer = self._cached.fallback(observation)
-            decided_ns = time.perf_counter_ns()
         self._publish(answer.action)
         published_ns = time.perf_counter_ns()
         self._last, self.stale = answer.action, False

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from laws_ros.core.errors import ConfigError
+from laws_ros.core.errors import ConfigError, ObservationError
 from laws_ros.core.library import Library
 
 from .experts import experts_model
@@ -80,8 +80,15 @@ class CachedPolicy:
         return Answer(action, region, self.router.bound.copy())
 
     def fallback(self, observation: NDArray[np.float32]) -> Answer:
-        """The full policy's answer at observation [n]."""
-        return Answer(self.policy.decide(self.policy(observation)), -1, self._none)
+        """The full policy's answer at observation [n].
+
+        Raises:
+            ObservationError: the policy's output there is not finite; no action can be made of it.
+        """
+        output = self.policy(observation)
+        if not np.isfinite(output).all():
+            raise ObservationError(f"the policy answers {output.tolist()} at {observation.tolist()}: not finite")
+        return Answer(self.policy.decide(output), -1, self._none)
 
     def answer(self, observation: NDArray[np.float32]) -> Answer:
         """The certified answer if there is one, else the policy's."""
