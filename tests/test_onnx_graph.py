@@ -154,5 +154,5 @@ def test_constants_may_be_made_of_constants_and_joined_to_observations(tmp_path)
 def test_what_mixes_observations_of_a_batch_is_refused(tmp_path) -> None:
     nodes = [helper.make_node("Transpose", ["observation"], ["action"], perm=[1, 0], name="mix")]
     path = save_model(tmp_path / "p.onnx", nodes, {}, 2, 2, batch=2)
-    with pytest.raises(ModelError, match="'mix'.*mixes observations of a batch"):
+    with pytest.raises(ModelError, match=r"'mix'.*mixes observations of a batch"):
         load_network(path)
