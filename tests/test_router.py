@@ -112,13 +112,7 @@ def test_zero_tolerance_is_allowed_and_answers_nothing_inexact(built) -> None:
 def test_a_policy_that_answers_nan_gives_no_action(built, tmp_path) -> None:
     layers = [(np.full((2, 3), 3e38), np.zeros(2)), (np.array([[1.0, -1.0]]), np.zeros(1))]
     policy = Policy(save_mlp(tmp_path / "p.onnx", layers))
-    library = Library(
-        policy.sha256,
-        policy.card,
-        np.zeros(1),
-        some(built.library, np.zeros(0, np.intp)).certificates,
-        built.library.trie,
-        np.zeros(0, np.int64),
-    )
+    empty = some(built.library, np.zeros(0, np.intp))
+    library = replace(empty, policy_sha256=policy.sha256, card=policy.card, tolerance=np.zeros(1))
     with pytest.raises(ObservationError, match="not finite"):
         CachedPolicy(library, policy).answer(np.ones(3, np.float32))

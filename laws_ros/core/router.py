@@ -34,8 +34,14 @@ class Tables(NamedTuple):
 
     @classmethod
     def of(cls, certificates: Certificates, trie: Trie) -> Tables:
-        """Lay a library out for the router."""
+        """Lay a library out for the router.
+
+        Raises:
+            ValueError: the trie lists regions that are not there (compiled code would read past the end).
+        """
         c, count = certificates, len(certificates)
+        if trie.members.size and not 0 <= trie.members.min() <= trie.members.max() < count:
+            raise ValueError(f"the trie lists region {trie.members.max()} of a library of {count}")
         rows = np.concatenate(
             [c.bound_offset[..., None], c.bound_weight, c.expert_bias[..., None], c.expert_weight], axis=2, dtype=float
         )
