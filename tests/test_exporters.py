@@ -12,7 +12,7 @@ from laws_ros.core.certify import certify
 from laws_ros.core.checker import Checker
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
-from tests.support import break_certificates, random_regions
+from tests.support import break_certificates, random_regions, save_mlp
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: `make torch` adds it")
 nn = torch.nn
@@ -95,3 +95,21 @@ def test_an_exported_policy_is_read_bounded_and_checked(name: str, opset: int, t
     assert tried > 1000 and broken == 0
     checker = Checker(network)
     assert all(checker.verdict(certificates, k) == "holds" for k in range(8))
+
+
+def test_bounds_hold_in_a_thread_that_takes_denormals_for_zero(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    layers = [(1e-38 * rng.normal(size=(16, 2)), np.zeros(16)), (1e38 * rng.normal(size=(1, 16)), np.zeros(1))]
+    path = save_mlp(tmp_path / "p.onnx", layers)
+    network, policy = load_network(path), Policy(path)
+    certificates = certify(network, random_regions(rng, 40, 2, 0.3))
+    x = np.full((1, 2), 0.3, np.float32)
+    gradual = policy(x[0])
+    assert torch.set_flush_denormal(True)
+    try:
+        flushed = policy(x[0])
+        tried, broken = break_certificates(policy, network, certificates, rng)
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed != gradual  # or nothing was tested
+    assert tried > 1000 and broken == 0

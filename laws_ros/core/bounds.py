@@ -25,7 +25,7 @@ from .region import UNIT, Regions
 Array = NDArray[np.float64]
 
 UNIT32 = 2.0**-24  # unit roundoff of float32
-TINY32 = 2.0**-126  # smallest normal float32: what flushing denormals, or rounding one, can cost per operation
+TINY32 = 2.0**-126  # smallest normal float32: what rounding a denormal, or taking it for zero, changes at most
 HUGE32 = 2.0**126  # partial sums below this cannot overflow float32
 BACKWARD_SIZE = 128 * 128  # largest weight matrix whose node is worth a backward pass of its own
 EXECUTION_TERMS = 3  # roundings on top of one per summed term: the bias, and a constant that was rounded when read
@@ -256,7 +256,7 @@ def _forward_affine(node: Affine, forms: list[_Forms], count: int) -> tuple[_For
     middle[..., -1] = node.bias[:, None]
     magnitude = np.broadcast_to(np.abs(node.bias)[:, None], (node.size, count)).copy()  # sum of |terms| as executed
     spread = magnitude.copy()  # the same for the terms of this module's own sums
-    terms = np.zeros((1, count))
+    terms = flushed = np.zeros((1, count))
     for source, weight, positive in zip(node.sources, node.weights, node.magnitudes, strict=True):
         form = forms[source]
         peak = np.maximum(np.abs(form.low), np.abs(form.high))
@@ -267,6 +267,7 @@ def _forward_affine(node: Affine, forms: list[_Forms], count: int) -> tuple[_For
             magnitude += positive[:, None] * peak
             spread += positive[:, None] * size
             terms = terms + 1
+            flushed = flushed + positive[:, None] + peak
         else:
             middle += (weight @ form.middle.reshape(weight.shape[1], -1)).reshape(middle.shape)
             stacked = np.concatenate([form.half.reshape(len(peak), -1), peak, size], axis=1)
@@ -275,8 +276,11 @@ def _forward_affine(node: Affine, forms: list[_Forms], count: int) -> tuple[_For
             magnitude += product[:, -2 * count : -count]
             spread += product[:, -count:]
             terms = terms + (peak > 0.0).sum(axis=0)[None, :]
+            flushed = flushed + positive.sum(axis=1)[:, None] + peak.sum(axis=0)
     depth = sum(1 if w.ndim == 1 else w.shape[1] for w in node.weights) + 4
-    execution = (gamma(terms + EXECUTION_TERMS) * magnitude + (terms + EXECUTION_TERMS) * TINY32) * INFLATE
+    terms = terms + EXECUTION_TERMS
+    # each product and each sum may be flushed to zero, and each factor may be taken for zero, where it is denormal
+    execution = (gamma(terms) * magnitude + TINY32 * (2 * terms + flushed)) * INFLATE
     execution = np.where(magnitude < HUGE32, execution, np.inf)  # may overflow: nothing can be said
     arithmetic = 4 * gamma(depth, UNIT) * (spread + magnitude)
     half[..., -1] += (execution + arithmetic) * INFLATE

@@ -61,7 +61,9 @@ def _certify(network: Network, regions: Regions, rows: Array) -> Certificates:
         for form in (bounds.lower, bounds.upper, expert):
             size = size + np.einsum("brn,bn->br", np.abs(form[..., :-1]), reach) + np.abs(form[..., -1])
         expert_size = np.einsum("brn,bn->br", np.abs(expert[..., :-1]), reach) + np.abs(expert[..., -1])
-        execution = gamma(inputs + 3) * expert_size + (inputs + 3) * TINY32  # the expert in float32
+        # the expert in float32, denormals rounded, flushed or taken for zero
+        flushed = 2 * (inputs + 3) + np.abs(expert).sum(axis=2) + reach.sum(axis=1)[:, None]
+        execution = gamma(inputs + 3) * expert_size + flushed * TINY32
         arithmetic = 16 * (inputs + 4) * UNIT * size  # of this function
         routing = np.abs(weight).sum(axis=2) * eps[:, None]  # the router's xi against the exact one
         evaluation = 4 * (inputs + 4) * UNIT * (np.abs(weight).sum(axis=2) + np.abs(offset))

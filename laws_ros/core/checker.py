@@ -108,7 +108,8 @@ class Checker:
         claim_weight, claim = certificates.bound_weight[index], certificates.bound_offset[index]
         n = len(center)
         size = np.abs(expert_weight) @ reach + np.abs(expert)
-        executed = _rounding(n + 3, _U32) * size + (n + 3) * _TINY
+        flushed = 2 * (n + 3) + np.abs(expert_weight).sum(axis=1) + np.abs(expert) + reach.sum()
+        executed = _rounding(n + 3, _U32) * size + flushed * _TINY
         # the router evaluates the claim at its own xi, within blur of zeta, and rounds
         claimed = np.abs(claim_weight).sum(axis=1)
         routed = blur * claimed + 2 * (n + 4) * _U64 * (claimed + np.abs(claim))
@@ -174,15 +175,16 @@ class _Proof:
         return np.maximum(np.abs(self.low[index]), np.abs(self.high[index]))
 
     def _affine(self, index: int, node: Affine) -> None:
-        volume, terms, depth = np.abs(node.bias), 3.0, 4.0
+        volume, flushed, terms, depth = np.abs(node.bias), np.zeros(node.size), 3.0, 4.0
         for source, weight, (_, size) in zip(node.sources, node.weights, self.matrices[index], strict=True):
             peak = self._peak(source)
             volume = volume + size @ peak
+            flushed = flushed + size.sum(axis=1) + peak.sum()
             # what is surely zero adds nothing, in any order
             terms += 1 if weight.ndim == 1 else (peak > 0.0).sum()
             depth += len(peak)
         relative = _rounding(terms, _U32) + 4 * _rounding(depth, _U64)
-        error = (relative * volume + terms * _TINY) * _MORE
+        error = (relative * volume + (2 * terms + flushed) * _TINY) * _MORE
         self.volume[index], self.error[index] = volume, np.where(volume < 2.0**126, error, np.inf)
         constant = self.error[index] + 2 * _U64 * np.abs(node.bias)
         ends = []
