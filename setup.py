@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / NAME / "__init__.py").read_text(), re.M).group(1)
 
 MUJOCO = ["mujoco"]
-GYM = ["gymnasium"]
+GYM = ["gymnasium[box2d,mujoco]"]
 # Wheels of ROS 2 Kilted exist for x86-64 only; elsewhere, and on robots, rclpy comes with ROS itself.
 ROS = [
     f"{wheel}; sys_platform == 'linux' and platform_machine == 'x86_64'"
