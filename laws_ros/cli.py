@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--region", help="a region's id (or its first digits) or number; default: the ten most used")
     c.add_argument("--all", action="store_true", help="every region")
 
+    c = command("export-vnnlib", _export_vnnlib, "write a certificate for other verifiers (ONNX and VNN-LIB)")
+    c.add_argument("library")
+    c.add_argument("--region", required=True, help="a region's id (or its first digits) or number")
+    c.add_argument("--out", required=True, help="folder for the difference network and the property")
+    c.add_argument("--policy", help="default: the ONNX file beside the library, of its name")
+
     command("workloads", _workloads, "list the workloads")
 
     c = command("train", _train, "train a workload's full policy again")
@@ -361,12 +367,26 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _find_region(library: Library, name: str) -> list[int]:
     found = [k for k, region in enumerate(library.ids) if region.startswith(name)]
-    if not found and name.isdigit() and int(name) < len(library):
+    if name.isdigit() and len(name) < 8 and int(name) < len(library):  # a number; ids have 16 digits
         found = [int(name)]
     if len(found) != 1:
         what = "no region has" if not found else f"{len(found)} regions have"
         raise LibraryError(f"--region {name!r}: {what} an id that starts so; `laws explain LIB --all` lists them")
     return found
+
+
+def _export_vnnlib(options: argparse.Namespace) -> int:
+    from laws_ros.build.vnnlib import export
+    from laws_ros.core.library import Library
+    from laws_ros.runtime.files import resolve
+
+    path = resolve(options.library)
+    library = Library.load(path)
+    policy = resolve(options.policy) if options.policy else path.with_suffix(".onnx")
+    (region,) = _find_region(library, options.region)
+    paths = [str(p) for p in export(library, policy, region, options.out)]
+    _print(options, {"region": library.ids[region], "paths": paths}, "\n".join(paths))
+    return 0
 
 
 def _workloads(options: argparse.Namespace) -> int:

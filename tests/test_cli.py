@@ -94,6 +94,10 @@ def test_build_verify_eval_explain(discrete, capsys, tmp_path) -> None:
     one = run_json(capsys, "explain", library, "--region", laws[0]["id"])["regions"]
     assert one == laws[:1]
     assert main(["explain", library]) == 0 and "x2" in capsys.readouterr().out
+    target = str(tmp_path / "v")
+    found = run_json(capsys, "export-vnnlib", library, "--region", laws[0]["id"], "--policy", policy, "--out", target)
+    assert [Path(p).suffix for p in found["paths"]] == [".onnx", ".vnnlib"]
+    assert all(Path(p).is_file() for p in found["paths"])
 
 
 def test_workloads_are_listed(capsys) -> None:
@@ -144,7 +148,7 @@ def test_usage_errors_exit_with_2(capsys) -> None:
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
-    for command in ("build", "verify", "eval", "explain", "workloads", "train", "demo"):
+    for command in ("build", "verify", "eval", "explain", "export-vnnlib", "workloads", "train", "demo"):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0

@@ -88,7 +88,7 @@ def _make(env_id: str, **options: Any) -> Any:
     try:
         return gymnasium.make(env_id, disable_env_checker=True, **options)
     except (gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
-        raise WorkloadError(f"gym:{env_id}: {_line(error)}; pip install 'gymnasium[all]' brings what it needs") from None
+        raise WorkloadError(f"gym:{env_id}: {_line(error)}; pip install 'gymnasium[all]' brings it") from None
     except gymnasium.error.Error as error:
         near = difflib.get_close_matches(env_id, list(gymnasium.registry), n=3)
         hint = f"; did you mean {' or '.join(f'gym:{n}' for n in near)}?" if near else ""
