@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from laws_ros.core.library import Library
     from laws_ros.runtime.policy import Policy
 
+EXTRAS = {"rclpy": "ros", "mujoco": "sim", "rich": "sim", "gymnasium": "gym", "torch": "train", "scipy": "train"}
 HELDOUT = 1_000_003  # added to a seed: held-out episodes share nothing with those learned from
 
 
@@ -34,11 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"laws {options.command}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(
-            f"laws {options.command}: needs the Python package {error.name!r}, which is not installed; "
-            "the README lists what each command needs",
-            file=sys.stderr,
-        )
+        package = (error.name or str(error)).partition(".")[0]
+        bring = f"pip install 'laws_ros[{EXTRAS[package]}]'" if package in EXTRAS else f"pip install {package}"
+        print(f"laws {options.command}: the Python package {package} is not installed: {bring}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"laws {options.command}: interrupted", file=sys.stderr)

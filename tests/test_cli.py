@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,10 @@ def test_tolerance_notation(built, text, value) -> None:
 def test_bad_tolerances(built, text) -> None:
     with pytest.raises(ConfigError, match="tolerance"):
         parse_tolerance(text, built.policy)
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "rclpy", None)
+    for module in [name for name in sys.modules if name.startswith("laws_ros.nodes.")]:
+        monkeypatch.delitem(sys.modules, module)
+    assert "pip install 'laws_ros[ros]'" in refused(capsys, "demo")
