@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := setup.py setup.cfg pyproject.toml
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types torch test-marabou test-install clean
+.PHONY: help run test lint types torch test-marabou test-install bench clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -28,6 +28,10 @@ torch: .venv/.run ## add PyTorch and SciPy, for training policies (on PyPI it co
 test-marabou: .venv/.test ## hand small certificates to Marabou, another group's verifier (Python up to 3.11)
 	-$(BIN)/pip install --quiet maraboupy
 	$(BIN)/pytest -m slow tests/test_vnnlib.py
+
+bench: .venv/.test ## what a hit and a certificate cost on this machine (two minutes)
+	@$(BIN)/python benchmarks/hot_path.py
+	@$(BIN)/python benchmarks/certify.py
 
 test-install: .venv/.test ## pip installs into fresh environments (minutes)
 	$(BIN)/pytest -m slow tests/test_packaging.py

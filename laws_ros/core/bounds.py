@@ -202,8 +202,9 @@ def _forward(network: Network, center: Array, generators: Array) -> tuple[dict[i
             form, deltas[index] = _forward_affine(node, forms, count)
             bends.append(max(bends[s] for s in node.sources))
             # Behind one layer of bends, forward and backward bounds are the same; behind more, backward is tighter,
-            # but takes a product per region.
-            if bends[index] > 1 and max(w.size for w in node.weights) <= BACKWARD_SIZE:
+            # but takes a product per region. The output gets its backward pass from the caller.
+            small = max(w.size for w in node.weights) <= BACKWARD_SIZE
+            if bends[index] > 1 and small and index < len(network.nodes):
                 for sign in (-1.0, 1.0):
                     bound = _backward(network, center, generators, np.eye(node.size), lines, deltas, sign, start=index)
                     weight, constant = bound[..., :-1], bound[..., -1]
