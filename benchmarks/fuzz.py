@@ -1,4 +1,4 @@
-"""Random networks of all activations, sizes and scales, certified over random regions and attacked through ONNX Runtime.
+"""Random networks of all activations, sizes and scales, certified over random regions, attacked through ONNX Runtime.
 
 Prints how many observations were tried and how many broke a bound; exits with 1 if any did. A violation is a bug in the
 bounds, and its seed reproduces it.
