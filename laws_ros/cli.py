@@ -72,14 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--decision", choices=("none", "argmax", "argmin"), help="how outputs become a discrete action")
     c.add_argument("--max-regions", type=_positive, default=20_000)
     c.add_argument("--steps", type=_positive, default=100_000, help="observations to learn from (default 100000)")
-    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--seed", type=_count, default=0)
 
     c = command("verify", _verify, "try to break a library: re-check every certificate, sample, attack")
     c.add_argument("library")
     c.add_argument("--policy", required=True)
     c.add_argument("--samples", type=_count, default=100_000)
     c.add_argument("--attack", action="store_true", help="also climb the error by projected gradient")
-    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--seed", type=_count, default=0)
 
     c = command("eval", _eval, "run a workload with the library and with the policy alone")
     c.add_argument("library")
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--workload", required=True, help=workload)
     c.add_argument("--episodes", type=_positive, default=10)
     c.add_argument("--tolerance", default=None, help="as for build (default: the library's)")
-    c.add_argument("--seed", type=int, default=12345)
+    c.add_argument("--seed", type=_count, default=12345)
 
     c = command("explain", _explain, "print a library's laws in sensor names and units")
     c.add_argument("library")
@@ -105,13 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     c = command("train", _train, "train a workload's full policy again")
     c.add_argument("workload")
     c.add_argument("--out", default="models", help="folder for the model, its card and the manifest (default models)")
-    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--seed", type=_count, default=0)
 
     c = command("demo", _demo, "the main job: simulated robot and controller over ROS 2, checked afterwards")
     c.add_argument("--seconds", type=float, default=30.0, help="simulated operation (default 30)")
     c.add_argument("--policy", help="default models/cartpole.onnx")
     c.add_argument("--library", help="default models/cartpole.laws")
-    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--seed", type=_count, default=0)
     return parser
 
 
@@ -220,6 +220,8 @@ def _build(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if not out.absolute().parent.is_dir():
         raise LibraryError(f"--out {out}: the folder {out.absolute().parent} does not exist")
+    if out.is_dir():
+        raise LibraryError(f"--out {out}: is a folder; the name of a file is needed")
     policy = _open_policy(options.policy, options.decision)
     network = load_network(policy.path)
     workload = workloads.get(options.workload)

@@ -146,7 +146,12 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(discrete, built, capsys, tmp
 
 
 def test_usage_errors_exit_with_2(capsys) -> None:
-    for arguments in (["build"], ["nothing"], ["verify", "x", "--policy", "y", "--samples", "-1"]):
+    for arguments in (
+        ["build"],
+        ["nothing"],
+        ["verify", "x", "--policy", "y", "--samples", "-1"],
+        ["eval", "x", "--policy", "y", "--workload", "w", "--seed", "-1"],
+    ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2

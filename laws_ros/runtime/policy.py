@@ -32,9 +32,7 @@ def session(model: str | bytes, where: str, threads: int = 1) -> ort.InferenceSe
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.enable_mem_pattern = options.enable_cpu_mem_arena = (
-        False  # one small call at a time: they cost more than they save
-    )
+    options.enable_mem_pattern = False  # one small call at a time: planning its memory costs more than it saves
     options.add_session_config_entry("session.set_denormal_as_zero", "0")
     options.add_session_config_entry("mlas.enable_gemm_fastmath_arm64_bfloat16", "0")
     try:
