@@ -8,9 +8,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs PyTorch: pip install 'laws_ros[train]'")
+torch = pytest.importorskip("torch", reason="training needs PyTorch: `make torch` adds it")
 for module in ("mujoco", "scipy"):
-    pytest.importorskip(module, reason=f"training needs {module}: pip install 'laws_ros[train]'")
+    pytest.importorskip(module, reason=f"training needs {module}: `make torch` adds it")
 
 from laws_ros.build import workloads  # noqa: E402
 from laws_ros.build.cartpole import SPEC, teacher  # noqa: E402
