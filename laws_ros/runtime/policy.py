@@ -12,34 +12,12 @@ from numpy.typing import NDArray
 from laws_ros.core.card import Card
 from laws_ros.core.errors import CardError, ModelError
 
+from .context_cache import ContextCache
 from .files import load_card, sha256_file
 from .onnx_graph import load_model
+from .sessions import session
 
 Floats = NDArray[np.float32]
-
-
-def session(model: str | bytes, where: str, threads: int = 1) -> ort.InferenceSession:
-    """An ONNX Runtime CPU session without graph rewriting.
-
-    Certificates cover the graph as it stands, in any order of summation; a rewrite (a scale folded into a weight, say)
-    would be another float32 program, so optimisation is off.
-
-    Raises:
-        ModelError: ONNX Runtime cannot load the model.
-    """
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.enable_mem_pattern = False  # one small call at a time: planning its memory costs more than it saves
-    options.add_session_config_entry("session.set_denormal_as_zero", "0")
-    options.add_session_config_entry("mlas.enable_gemm_fastmath_arm64_bfloat16", "0")
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own kinds
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{where}: ONNX Runtime cannot load it: {reason}") from None
 
 
 class Policy:
@@ -49,6 +27,7 @@ class Policy:
         card: the card beside the file, or x0, x1, ... where there is none.
         sha256: of the file; libraries are bound to it.
         observations, actions: lengths n and m of its vectors.
+        context_cache: runs it cut in two where its card names a context that the graph encodes apart from the rest.
     """
 
     def __init__(self, path: str | Path, threads: int = 1, decision: str | None = None) -> None:
@@ -77,6 +56,7 @@ class Policy:
             raise ModelError(f"{self.path}: input {self._input} has shape {inputs[0].shape}; only batch may be free")
         self._shape = (1, *rest) if len(inputs[0].shape) > 1 else tuple(rest)
         self.observations = int(np.prod(rest))
+        self.context_cache: ContextCache | None = None
         self.actions = int(self(np.zeros(self.observations, np.float32)).size)
         card_path = self.path.with_suffix(".yaml")
         self.has_card = card_path.is_file()
@@ -92,11 +72,13 @@ class Policy:
                     f"{card_path}: {len(getattr(self.card, kind))} {kind}, but {self.path.name} has {count}"
                 )
         self._batch_session = self._open_batch(model, threads)
+        self.context_cache = self._open_context(threads) if self.card.context else None
 
     def __call__(self, observation: Floats) -> Floats:
         """The action [m] at one observation [n]."""
-        feed = np.ascontiguousarray(observation, np.float32).reshape(self._shape)
-        result: Floats = self.session.run([self._output], {self._input: feed})[0].reshape(-1)
+        feed = {self._input: np.ascontiguousarray(observation, np.float32).reshape(self._shape)}
+        outputs = self.session.run([self._output], feed) if self.context_cache is None else self.context_cache(feed)
+        result: Floats = outputs[0].reshape(-1)
         return result
 
     def batch(self, observations: Floats) -> Floats:
@@ -118,6 +100,13 @@ class Policy:
             return np.minimum(np.maximum(output, low), high)
         best = output.argmax(-1) if self.card.decision == "argmax" else output.argmin(-1)
         return np.asarray(best, np.float32)[..., None]
+
+    def _open_context(self, threads: int) -> ContextCache | None:
+        """The graph cut in two where it encodes the card's context apart from the rest; None where it does not."""
+        try:
+            return ContextCache(self.path, self.card.context_indices, threads=threads)
+        except ModelError:
+            return None
 
     def _open_batch(self, model: onnx.ModelProto, threads: int) -> ort.InferenceSession | None:
         """A session with a free batch axis; many exporters fix it to 1. None where that changes what it computes."""
