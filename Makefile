@@ -23,7 +23,7 @@ types: .venv/.test ## static types (apart from `make test`: NumPy's own types di
 	$(BIN)/mypy
 
 torch: .venv/.run ## add PyTorch and SciPy, for training policies (on PyPI it comes with CUDA, gigabytes)
-	$(BIN)/pip install --quiet --editable '.[train]' torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[train]' torch==2.13.0 onnxscript
 
 test-marabou: .venv/.test ## hand small certificates to Marabou, another group's verifier (Python up to 3.11)
 	-$(BIN)/pip install --quiet maraboupy

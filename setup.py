@@ -37,12 +37,13 @@ setup(
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
     install_requires=["numpy", "onnx", "onnxruntime", "pyyaml", "numba"],
     extras_require={
-        "sim": [*MUJOCO, "rich"],
+        "sim": [*MUJOCO, "rich", "rosbags"],
         "gym": GYM,
-        "train": [*MUJOCO, *GYM, "scipy", "torch"],
+        "train": [*MUJOCO, *GYM, "scipy", "torch", "array-api-compat"],
+        "plot": ["matplotlib", "pillow"],
         "ros": ROS,
         # Any new release of ruff may bring rules that an unchanged tree breaks.
-        "test": ["pytest", "hypothesis", "ruff==0.17.*", "mypy", "types-PyYAML"],
+        "test": ["mcap", "matplotlib", "pillow", "pytest", "hypothesis", "ruff==0.17.*", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": [f"laws = {NAME}.cli:main"]},
     data_files=[

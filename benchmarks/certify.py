@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -224,6 +225,52 @@ def auto_lirpa(case: Case, seed: int) -> dict[str, float] | str:
     }
 
 
+def efforts(case: Case, count: int, seed: int) -> list[dict[str, Any]]:
+    """What each effort costs and how tight it is, on the first of a case's boxes."""
+    rows = decision_rows(case.network.outputs, case.decision)
+    regions = case.boxes(np.random.default_rng(seed))[:count]
+    found = []
+    for effort in ("interval", "forward", "backward", "optimised", "split:2", "split:4", "split:16"):
+        say(f"{case.name}: effort {effort}")
+        before = time.perf_counter()
+        certificates = certify(case.network, regions, case.decision, effort=effort)
+        spent = (time.perf_counter() - before) / len(regions)
+        seen = worst_seen(case.network, rows, certificates, 64, seed + 1)
+        found.append(
+            {
+                "policy": case.name,
+                "effort": effort,
+                "certify_us": round(1e6 * spent, 1),
+                "bound": float(np.median(certificates.worst)),
+                "bound_over_worst_seen": float(np.median(certificates.worst / seen)),
+            }
+        )
+    return found
+
+
+def memory(count: int) -> dict[str, float]:
+    """Peak memory of certifying `count` regions of a policy of 4 million parameters, and what 100,000 would take: one
+    batch does not outlive its certificates, so all that grows is the certificates, twice while they are joined."""
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0
+
+    case = Case("17-2048-2048-6 ReLU", mlp([17, 2048, 2048, 6], "relu", 2), np.ones(17), np.full(17, 0.05), count, 0)
+    regions = case.boxes(np.random.default_rng(0))
+    certify(case.network, regions[:BATCH])
+    one_batch = peak()
+    certificates = certify(case.network, regions)
+    arrays = [v for v in vars(certificates).values() if isinstance(v, np.ndarray)]
+    each = (sum(a.nbytes for a in arrays) + regions.center.nbytes + regions.transform.nbytes) / count / 2**20
+    return {
+        "regions": count,
+        "one_batch_mib": one_batch,
+        "peak_mib": peak(),
+        "per_certificate_mib": each,
+        "at_100000_mib": one_batch + 2 * each * 100_000,
+    }
+
+
 def markdown(result: dict[str, Any]) -> str:
     lines = [
         "| policy | certify, us | checker, us | bound | paper's formula | range width | bound / worst seen | holds |",
@@ -238,6 +285,12 @@ def markdown(result: dict[str, Any]) -> str:
     other = result["auto_lirpa"]
     if isinstance(other, dict):
         other = f"{other['certify_us']:.0f} us, range width {other['range_width']:.3f}"
+    lines += ["", "| policy | effort | certify, us | bound | bound / worst seen |", "|" + " --- |" * 5]
+    for row in result["efforts"]:
+        lines.append(
+            f"| {row['policy']} | {row['effort']} | {row['certify_us']:.0f} | {row['bound']:.3g} "
+            f"| {row['bound_over_worst_seen']:.2f} |"
+        )
     return "\n".join([*lines, "", f"auto_LiRPA's CROWN on {result['policies'][0]['policy']}: {other}"])
 
 
@@ -246,10 +299,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout; the table goes to stderr")
     parser.add_argument("--quick", action="store_true", help="fewer regions and samples")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", type=int, metavar="N", help="only the peak memory of certifying N regions")
     arguments = parser.parse_args()
+    if arguments.memory:
+        print(json.dumps(memory(arguments.memory)))
+        return
     todo = cases(arguments.quick)
     rows = [run(case, 32 if arguments.quick else 256, arguments.seed) for case in todo]
     result = {"policies": rows, "auto_lirpa": auto_lirpa(todo[0], arguments.seed)}
+    result["efforts"] = [e for case in todo if case.checked > 2 for e in efforts(case, 8, arguments.seed)]
     if arguments.json:
         print(json.dumps(result))
     print(markdown(result), file=sys.stderr if arguments.json else sys.stdout)

@@ -1,4 +1,5 @@
-"""Random networks of all activations, sizes and scales, certified over random regions, attacked through ONNX Runtime.
+"""Random networks of all activations, sizes and scales, with and without normalisation, certified with all efforts over
+random regions, attacked through ONNX Runtime.
 
 Prints how many observations were tried and how many broke a bound; exits with 1 if any did. A violation is a bug in the
 bounds, and its seed reproduces it.
@@ -22,7 +23,8 @@ from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
 from tests.support import break_certificates, random_mlp, random_regions, save_mlp
 
-ACTIVATIONS = ["Relu", "Tanh", "Sigmoid", "Elu", "Selu", "Softplus", "LeakyRelu", "Erf"]
+ACTIVATIONS = ["Relu", "Tanh", "Sigmoid", "Elu", "Selu", "Softplus", "LeakyRelu", "Erf", "Gelu", "Mish", "HardSwish"]
+EFFORTS = ["backward", "backward", "backward", "interval", "forward", "optimised", "split:3", "split:8"]
 
 
 def attack(seed: int, path: Path) -> tuple[int, int, int, int]:
@@ -34,10 +36,11 @@ def attack(seed: int, path: Path) -> tuple[int, int, int, int]:
     if rng.random() < 0.3:  # layers of very different scale
         layers = [(w * 10 ** rng.uniform(-4, 4), b * 10 ** rng.uniform(-4, 4)) for w, b in layers]
     clip = None if rng.random() < 0.5 else float(10 ** rng.uniform(-1, 1))
-    save_mlp(path, layers, str(rng.choice(ACTIVATIONS)), clip)
+    normalize = None if rng.random() < 0.8 else float(10 ** rng.uniform(-6, -2))
+    save_mlp(path, layers, str(rng.choice(ACTIVATIONS)), clip, normalize, opset=20)
     network, policy = load_network(path), Policy(path)
     regions = random_regions(rng, 20, inputs, 10 ** rng.uniform(-5, 1), 10 ** rng.uniform(-2, 2))
-    certificates = certify(network, regions)
+    certificates = certify(network, regions, effort=str(rng.choice(EFFORTS)))
     certificates = certificates[np.isfinite(certificates.bound_offset).all(axis=1)]
     if len(certificates) == 0:
         return 0, 0, 0, 0

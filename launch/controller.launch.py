@@ -9,7 +9,7 @@ from launch_ros.substitutions import FindPackageShare
 
 def controller(context):
     """Empty arguments leave the parameters file's values as they are."""
-    given = {name: LaunchConfiguration(name).perform(context) for name in ("policy", "library")}
+    given = {name: LaunchConfiguration(name).perform(context) for name in ("policy", "library", "binding")}
     node = Node(
         package="laws_ros",
         executable="controller",
@@ -31,6 +31,7 @@ def generate_launch_description():
         DeclareLaunchArgument("params_file", default_value=default, description="YAML file with the nodes' parameters"),
         DeclareLaunchArgument("policy", default_value="", description="ONNX policy; empty: the parameters file's"),
         DeclareLaunchArgument("library", default_value="", description="its library; empty: the parameters file's"),
+        DeclareLaunchArgument("binding", default_value="", description="its binding; empty: the parameters file's"),
         DeclareLaunchArgument("namespace", default_value="", description="namespace of the node and its topics"),
         DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal"),
     ]

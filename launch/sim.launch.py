@@ -1,11 +1,18 @@
 """Simulator and controller; when one of them ends, so does the other."""
 
 from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, EmitEvent, IncludeLaunchDescription, RegisterEventHandler
+from launch.actions import (
+    DeclareLaunchArgument,
+    EmitEvent,
+    ExecuteProcess,
+    IncludeLaunchDescription,
+    RegisterEventHandler,
+)
+from launch.conditions import IfCondition
 from launch.event_handlers import OnProcessExit
 from launch.events import Shutdown
 from launch.launch_description_sources import PythonLaunchDescriptionSource
-from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
+from launch.substitutions import LaunchConfiguration, PathJoinSubstitution, PythonExpression
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
@@ -13,10 +20,11 @@ from launch_ros.substitutions import FindPackageShare
 
 def generate_launch_description():
     share = FindPackageShare("laws_ros")
-    default = PathJoinSubstitution([share, "config", "cartpole.yaml"])
+    default = [PathJoinSubstitution([share, "config", LaunchConfiguration("robot")]), ".yaml"]
     return LaunchDescription(
         [
             # The arguments of controller.launch.py are arguments of this file, too.
+            DeclareLaunchArgument("robot", default_value="cartpole", description="names config/ROBOT.yaml"),
             DeclareLaunchArgument(
                 "params_file", default_value=default, description="YAML file with the nodes' parameters"
             ),
@@ -27,6 +35,17 @@ def generate_launch_description():
             DeclareLaunchArgument("seed", default_value="0", description="of the simulated episodes"),
             DeclareLaunchArgument("duration_s", default_value="0.0", description="simulated seconds; 0: until stopped"),
             DeclareLaunchArgument("real_time_factor", default_value="1.0", description="simulated seconds per second"),
+            DeclareLaunchArgument(
+                "clock", default_value="true", description="publish /clock; of several robots in a graph only one may"
+            ),
+            DeclareLaunchArgument(
+                "record", default_value="", description="new folder for a bag of all topics (ros2 bag); empty: none"
+            ),
+            ExecuteProcess(
+                cmd=["ros2", "bag", "record", "--all", "--output", LaunchConfiguration("record")],
+                condition=IfCondition(PythonExpression(["'", LaunchConfiguration("record"), "' != ''"])),
+                output="screen",
+            ),
             RegisterEventHandler(OnProcessExit(on_exit=[EmitEvent(event=Shutdown(reason="a node has ended"))])),
             IncludeLaunchDescription(
                 PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "controller.launch.py"]))
@@ -41,6 +60,7 @@ def generate_launch_description():
                         "seed": ParameterValue(LaunchConfiguration("seed"), value_type=int),
                         "duration_s": ParameterValue(LaunchConfiguration("duration_s"), value_type=float),
                         "real_time_factor": ParameterValue(LaunchConfiguration("real_time_factor"), value_type=float),
+                        "clock": ParameterValue(LaunchConfiguration("clock"), value_type=bool),
                     },
                 ],
                 arguments=["--ros-args", "--log-level", LaunchConfiguration("log_level")],

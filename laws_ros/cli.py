@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from laws_ros.core.library import Library
     from laws_ros.runtime.policy import Policy
 
-EXTRAS = {"rclpy": "ros", "mujoco": "sim", "rich": "sim", "gymnasium": "gym", "torch": "train", "scipy": "train"}
+EXTRAS = {
+    **{"rclpy": "ros", "mujoco": "sim", "rich": "sim", "gymnasium": "gym", "torch": "train", "scipy": "train"},
+    **{"rosbags": "sim", "matplotlib": "plot", "PIL": "plot"},
+}
 HELDOUT = 1_000_003  # added to a seed: held-out episodes share nothing with those learned from
 
 
@@ -58,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         return sub
 
-    workload = "cartpole, gym:ENV_ID, ... (`laws workloads` lists them)"
+    workload = "cartpole, gym:ENV_ID, a recorded bag, ... (`laws workloads` lists them)"
+    parts = (
+        "folder for finished episodes: an interrupted run goes on, and machines that share the folder share the work"
+    )
     c = command("build", _build, "grow and certify a library over what a workload visits")
     c.add_argument("--policy", required=True, help="the policy, an ONNX file")
     c.add_argument("--workload", required=True, help=workload)
@@ -67,18 +73,47 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance",
         default=None,
         help="largest action error: a number in action units, a share of each action's range such as 2.5%%, or one "
-        "value per action separated by commas (default 2.5%%)",
+        "value per action separated by commas (default: what `laws calibrate` found for the workload, else 2.5%%)",
     )
     c.add_argument("--decision", choices=("none", "argmax", "argmin"), help="how outputs become a discrete action")
     c.add_argument("--max-regions", type=_positive, default=20_000)
     c.add_argument("--steps", type=_positive, default=100_000, help="observations to learn from (default 100000)")
     c.add_argument("--seed", type=_count, default=0)
+    c.add_argument("--parts", help=parts)
+    c.add_argument(
+        "--kind",
+        choices=("linear", "point", "lipschitz", "exact", "mixed", "linear+exact", "linear+mixed", "statistical"),
+        default="linear",
+        help="of certificates (default linear); with a +, the second where the first fails; statistical works for "
+        "every policy, but proves nothing: fresh episodes show how often a bound is exceeded",
+    )
+    c.add_argument(
+        "--share", type=_fraction, default=0.25, help="exact, mixed: of the policy's multiplications, at most (0.25)"
+    )
+    c.add_argument(
+        "--delta",
+        type=_fraction,
+        default=0.01,
+        help="statistical: share of a region's traffic that may exceed its bound",
+    )
+    c.add_argument(
+        "--beta", type=_fraction, default=1e-6, help="statistical: probability that any of the statements is false"
+    )
+    c.add_argument("--fresh-episodes", type=_positive, default=400, help="statistical: to test on (default 400)")
+    c.add_argument(
+        "--draws",
+        type=_positive,
+        default=50,
+        help="statistical: observations per fresh episode; only with 1 are they independent (default 50)",
+    )
 
     c = command("verify", _verify, "try to break a library: re-check every certificate, sample, attack")
     c.add_argument("library")
     c.add_argument("--policy", required=True)
     c.add_argument("--samples", type=_count, default=100_000)
     c.add_argument("--attack", action="store_true", help="also climb the error by projected gradient")
+    c.add_argument("--workload", help="statistical kinds: measure them on fresh episodes of it")
+    c.add_argument("--episodes", type=_positive, default=200, help="of that workload (default 200)")
     c.add_argument("--seed", type=_count, default=0)
 
     c = command("eval", _eval, "run a workload with the library and with the policy alone")
@@ -87,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--workload", required=True, help=workload)
     c.add_argument("--episodes", type=_positive, default=10)
     c.add_argument("--tolerance", default=None, help="as for build (default: the library's)")
+    c.add_argument("--kinds", default="", help="of certificates that may answer, separated by commas (default: formal)")
     c.add_argument("--seed", type=_count, default=12345)
 
     c = command("explain", _explain, "print a library's laws in sensor names and units")
@@ -100,12 +136,86 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--out", required=True, help="folder for the difference network and the property")
     c.add_argument("--policy", help="default: the ONNX file beside the library, of its name")
 
-    command("workloads", _workloads, "list the workloads")
+    command("workloads", _workloads, "list the workloads and their parameters")
+
+    c = command("record", _record, "run a policy on a workload and write a rosbag2 bag")
+    c.add_argument("--policy", required=True)
+    c.add_argument("--workload", required=True, help=workload)
+    c.add_argument("--out", required=True, help="a file that ends in .mcap (or .db3), or a new folder")
+    c.add_argument("--episodes", type=_positive, default=10)
+    c.add_argument("--seed", type=_count, default=0)
+    c.add_argument("--parts", help=parts)
+
+    c = command("calibrate", _calibrate, "find how much action error a task stands")
+    c.add_argument("--policy", required=True)
+    c.add_argument("--workload", required=True, help=workload)
+    c.add_argument("--episodes", type=_positive, default=32, help="per measurement (default 32)")
+    c.add_argument("--keep", type=float, default=0.99, help="share of the return that must remain (default 0.99)")
+    c.add_argument("--plot", help="write the curves to this picture")
+    c.add_argument("--seed", type=_count, default=0)
+
+    c = command("adapt", _adapt, "distil a finished policy into one of the same interface that is cheap to cache")
+    c.add_argument("--policy", required=True)
+    c.add_argument("--workload", required=True, help=workload)
+    c.add_argument("--out", required=True, help="the ONNX file to write, its card beside it")
+    c.add_argument("--decision", choices=("none", "argmax", "argmin"), help="as for build")
+    c.add_argument("--tolerance", default=None, help="as for build")
+    c.add_argument("--hidden", type=_positive, default=1024, help="width of the two hidden layers (default 1024)")
+    c.add_argument("--steps", type=_positive, default=5000, help="of training (default 5000)")
+    c.add_argument("--episodes", type=_positive, default=64, help="gathered per round of DAgger (default 64)")
+    c.add_argument("--check-episodes", type=_positive, default=200, help="for the returns (default 200)")
+    c.add_argument("--max-regions", type=_positive, default=2000, help="of the libraries compared (default 2000)")
+    c.add_argument("--seed", type=_count, default=0)
+
+    c = command("render", _render, "draw a contact sheet of one episode, without a screen")
+    c.add_argument("workload", help=workload)
+    c.add_argument("--policy", required=True)
+    c.add_argument("--out", required=True, help="the PNG file to write")
+    c.add_argument("--seconds", type=float, help="of the episode (default: all of it)")
+    c.add_argument("--seed", type=_count, default=0)
 
     c = command("train", _train, "train a workload's full policy again")
     c.add_argument("workload")
     c.add_argument("--out", default="models", help="folder for the model, its card and the manifest (default models)")
+    c.add_argument(
+        "--policy",
+        choices=("relu", "diffusion"),
+        default="relu",
+        help="a network that is cheap to cache (default), or one that no verifier here can bound",
+    )
     c.add_argument("--seed", type=_count, default=0)
+
+    c = command("up", _up, "robots under their controllers: simulator and controller nodes, until Ctrl-C")
+    c.add_argument("robot", nargs="?", default="cartpole", help="names config/ROBOT.yaml, or a parameters file")
+    c.add_argument("--namespace", action="append", help="of a robot; given several times, several robots")
+    c.add_argument("--no-sim", action="store_true", help="controllers only: a real robot's drivers are running")
+    c.add_argument("--policy", help="instead of the parameters file's")
+    c.add_argument("--library", help="instead of the parameters file's")
+    c.add_argument("--seconds", type=float, default=0.0, help="end after this long (default: never)")
+    c.add_argument("--record", metavar="FOLDER", help="keep a bag of all that the robots say in a new folder")
+
+    c = command("top", _top, "watch the controllers on the network, live")
+    c.add_argument("--once", action="store_true", help="print what they say once; exit code 1 if there is none")
+
+    c = command("bundle", _bundle, "write one file with all that a robot needs")
+    c.add_argument("library")
+    c.add_argument("--policy", required=True)
+    c.add_argument("--out", required=True, help="the file to write")
+    c.add_argument("--config", help="a parameters file to send along")
+
+    c = command("install", _install, "unpack a bundle on a robot, try it and switch to it in one step")
+    c.add_argument("bundle", nargs="?", help="the file that `laws bundle` wrote")
+    c.add_argument("--into", required=True, help="folder; `current` in it is what runs")
+    c.add_argument("--roll-back", action="store_true", help="switch to the release before instead")
+
+    c = command("doctor", _doctor, "look at this machine: does it keep what certificates assume, and is it fit to run")
+    c.add_argument("--policy", help="also try this policy here")
+    c.add_argument("--library", help="and this library")
+
+    c = command("library", _library_command, "care for the history that a learner writes")
+    c.add_argument("action", choices=("recover", "snapshot"), help="save what is intact; or write the library of today")
+    c.add_argument("history")
+    c.add_argument("--out", required=True, help="the file to write")
 
     c = command("demo", _demo, "the main job: simulated robot and controller over ROS 2, checked afterwards")
     c.add_argument("--seconds", type=float, default=30.0, help="simulated operation (default 30)")
@@ -129,6 +239,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: a number between 0 and 1 is needed")
+    return value
+
+
 class _Progress:
     """Lines on stderr for work that takes longer than two seconds, at most one every two seconds."""
 
@@ -141,6 +258,17 @@ class _Progress:
         if now - self.last >= 2.0:
             self.last = now
             print(f"laws {self.command} [{now - self.start:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def bar(self, share: float, text: str) -> None:
+        """How much is done, as a bar; on a terminal it is drawn over the last one."""
+        now = time.monotonic()
+        if now - self.last < (0.2 if sys.stderr.isatty() and self.last > self.start else 2.0):
+            return
+        self.last = now
+        left = f", {(now - self.start) * (1 - share) / share:.0f} s left" if share else ""
+        line = f"laws {self.command} [{'#' * round(30 * share):.<30}] {text}{left}"
+        terminal = sys.stderr.isatty()
+        print(f"\r{line}\033[K" if terminal else line, file=sys.stderr, flush=True, end="" if terminal else "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -181,7 +309,8 @@ def parse_tolerance(text: str | None, policy: Policy, workload: Workload | None 
     if workload is not None:
         stated = np.array([c.high - c.low for c in workload.spec.actions])
         width = np.where(np.isfinite(width), width, stated)
-    parts = (text or "2.5%").split(",")
+    calibrated = workload.spec.tolerance if workload is not None else None
+    parts = (text or f"{100 * (calibrated or 0.025):.10g}%").split(",")
     if len(parts) not in (1, policy.actions):
         raise ConfigError(f"tolerance {text!r}: {len(parts)} values for {policy.actions} actions; give one or one each")
     values = []
@@ -211,8 +340,12 @@ def _build(options: argparse.Namespace) -> int:
     import numpy as np
 
     from laws_ros.build import workloads
-    from laws_ros.build.evaluate import check_fit, visited
+    from laws_ros.build.evaluate import check_fit, observed
     from laws_ros.build.grow import grow
+    from laws_ros.build.kinds import by_formula, grow_points
+    from laws_ros.build.statistical import draw, grow_statistical
+    from laws_ros.build.verify import Executed
+    from laws_ros.core.certificate import COLLAPSED, FORMAL
     from laws_ros.runtime.onnx_graph import load_network
     from laws_ros.runtime.routing import Router
 
@@ -223,20 +356,54 @@ def _build(options: argparse.Namespace) -> int:
     if out.is_dir():
         raise LibraryError(f"--out {out}: is a folder; the name of a file is needed")
     policy = _open_policy(options.policy, options.decision)
-    network = load_network(policy.path)
-    workload = workloads.get(options.workload)
+    statistical = options.kind == "statistical"
+    first, _, second = options.kind.rpartition("+")
+    if second in COLLAPSED and policy.card.decision != "none":
+        raise ConfigError(
+            f"--kind {options.kind}: collapsed experts cannot decide by {policy.card.decision}; use linear"
+        )
+    network = None if statistical else load_network(policy.path)
+    workload = workloads.get(options.workload, policy)
     check_fit(policy, workload)
     tolerance = parse_tolerance(options.tolerance, policy, workload)
-    seen = visited(policy, workload, options.steps, options.seed)
-    heldout = visited(policy, workload, math.ceil(options.steps / 5), options.seed + HELDOUT)
+    seen, heldout = observed(
+        policy, workload, options.steps, (options.seed, options.seed + HELDOUT), parts=_folder(options.parts)
+    )
     rolled = time.monotonic()
-    progress(f"{len(seen.returns)} episodes of {workload.spec.name} run, return {seen.returns.mean():.1f}")
+    progress(
+        f"{len(seen.returns)} blocks of {workload.spec.name} read"
+        if workload.recorded is not None
+        else f"{len(seen.returns)} episodes of {workload.spec.name} run, return {seen.returns.mean():.1f}"
+    )
     observations = np.concatenate(seen.observations)
     actions = np.concatenate(seen.actions)
-    growth = grow(policy, network, observations, actions, tolerance, options.max_regions, progress=progress)
+    limits = tolerance, options.max_regions
+    if network is None:
+        drawn = draw(
+            policy, workload, options.fresh_episodes, options.draws, options.seed + 2 * HELDOUT, progress=progress
+        )
+        confidence = options.delta, options.beta
+        growth = grow_statistical(policy, observations, drawn, tolerance, *confidence, options.max_regions, progress)
+    elif options.kind == "point":
+        growth = grow_points(policy, network, observations, *limits, progress)
+    else:
+        base = None
+        if first or second in ("linear", "lipschitz"):
+            base = growth = grow(policy, network, observations, actions, *limits, progress=progress)
+        if second == "lipschitz":
+            growth = by_formula(policy, network, growth, observations, tolerance)
+        elif second != "linear":
+            from laws_ros.build.folded import grow_collapsed
+
+            growth = grow_collapsed(
+                policy, network, observations, tolerance, second, options.share, options.max_regions,
+                progress=progress, base=base,
+            )  # fmt: skip
     fresh = np.concatenate(heldout.observations)
-    hit_rate = float((Router(growth.library, tolerance).many(fresh) >= 0).mean()) if len(growth.library) else 0.0
+    found = Router(growth.library, tolerance, ["statistical"] if statistical else FORMAL).many(fresh)
+    hit, hit_rate = found >= 0, float((found >= 0).mean())
     result = {
+        "kind": options.kind,
         "regions": len(growth.library),
         "certificates_tried": growth.certificates_tried,
         "train_coverage": growth.train_coverage,
@@ -249,6 +416,14 @@ def _build(options: argparse.Namespace) -> int:
         "heldout_observations": len(fresh),
         "rollout_seconds": round(rolled - start, 2),
     }
+    if statistical and hit.any():
+        _, error, bound = Executed(policy, growth.library.certificates).compare(found[hit], fresh[hit], delivered=True)
+        result |= {
+            "delta": options.delta,
+            "beta": options.beta,
+            "fresh_draws": len(drawn.x),
+            "heldout_exceedance": float((~(error <= bound).all(axis=1)).mean()),
+        }
     library = replace(growth.library, notes=_finite(result))
     library.save(out)
     result |= {"seconds": round(time.monotonic() - start, 2), "library": str(out), "bytes": out.stat().st_size}
@@ -260,6 +435,7 @@ def _build(options: argparse.Namespace) -> int:
             f"{result['certificates_tried']} certificates tried, {result['seconds']} s\n"
             f"answered within {_tolerance_text(policy, tolerance)}: {100 * growth.train_coverage:.2f}% of the training "
             f"observations, {100 * hit_rate:.2f}% of {len(fresh)} held-out ones"
+            + (f"; {result['heldout_exceedance']:.3%} of these beyond their bound" if "delta" in result else "")
         ),
     )
     return 0
@@ -274,40 +450,66 @@ def _tolerance_text(policy: Policy, tolerance: Any) -> str:
 def _verify(options: argparse.Namespace) -> int:
     import numpy as np
 
+    from laws_ros.build import workloads
+    from laws_ros.build.evaluate import check_fit, policy_rollouts
     from laws_ros.build.verify import verify
+    from laws_ros.core.certificate import FORMAL
     from laws_ros.runtime.cached_policy import open_pair
     from laws_ros.runtime.files import resolve
     from laws_ros.runtime.onnx_graph import load_network
 
-    start = time.monotonic()
+    start, progress, fresh = time.monotonic(), _Progress("verify"), None
     library, policy = open_pair(resolve(options.library), resolve(options.policy), os.cpu_count() or 1)
-    found = verify(
-        library, policy, load_network(policy.path), options.samples, options.attack, options.seed, _Progress("verify")
-    )
+    network = load_network(policy.path) if library.certificates.among(FORMAL).any() else None
+    if options.workload is not None:
+        workload = workloads.get(options.workload, policy)
+        check_fit(policy, workload)
+        rolled = policy_rollouts(policy, workload, options.episodes, options.seed + 3 * HELDOUT)
+        fresh = np.concatenate(rolled.observations)
+    found = verify(library, policy, network, options.samples, options.attack, options.seed, progress, fresh)
     ratio = found.ratio[~np.isnan(found.ratio)]
     result = {
         "certificates": len(library),
         "rechecked": found.rechecked,
         "unknown": found.unknown,
+        "kinds": found.by_kind,
         "samples": found.samples,
         "attacks": found.attacks,
         "violations": found.violations,
         "first_violation": found.first,
         "median_bound_over_worst_seen": float(np.median(ratio)) if len(ratio) else None,
+        "fresh_observations": found.fresh,
+        "exceedances": found.exceedances,
         "seconds": round(time.monotonic() - start, 2),
     }
-    good = found.violations == 0 and found.unknown == 0
-    text = (
-        f"{found.rechecked} of {len(library)} certificates proved again by the checker, {found.unknown} unknown\n"
-        f"{found.samples} samples and {found.attacks} attacks through ONNX Runtime (float32): "
-        f"{found.violations} violations\n"
-    )
+    text = ""
+    for kind, verdicts in found.by_kind.items():
+        how = "the arithmetic of the record" if kind == "statistical" else "proved again by the checker"
+        text += f"{kind}: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())} ({how})\n"
+    if network is not None:
+        text += (
+            f"{found.samples} samples and {found.attacks} attacks through ONNX Runtime (float32): "
+            f"{found.violations} violations\n"
+        )
     if len(ratio):
         text += f"certified bound over worst error seen: median {np.median(ratio):.2f}\n"
+    text += _exceedances_text(found.exceedances, found.fresh)
     if found.first:
         text += f"first violation: {found.first}\n"
-    _print(options, result, text + ("every bound held" if good else "NOT every bound could be shown to hold"))
-    return 0 if good else 1
+    _print(options, result, text + ("every bound held" if found.good else "NOT every bound could be shown to hold"))
+    return 0 if found.good else 1
+
+
+def _exceedances_text(exceedances: int, answers: int) -> str:
+    if not answers:
+        return ""
+    return (
+        f"statistical: {exceedances} of {answers} fresh observations beyond their bound ({exceedances / answers:.3%})\n"
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -317,21 +519,25 @@ def _eval(options: argparse.Namespace) -> int:
     from laws_ros.runtime.files import resolve
 
     library, policy = open_pair(resolve(options.library), resolve(options.policy))
-    workload = workloads.get(options.workload)
+    workload = workloads.get(options.workload, policy)
     check_fit(policy, workload)
     tolerance = parse_tolerance(options.tolerance, policy, workload) if options.tolerance else None
-    cached = CachedPolicy(library, policy, tolerance)
+    cached = CachedPolicy(library, policy, tolerance, _names(options.kinds))
     found = evaluate(cached, workload, options.episodes, options.seed, _Progress("eval"))
-    result = asdict(found) | {"episodes": options.episodes, "tolerance": _plain(cached.tolerance)}
+    result = asdict(found) | {
+        "episodes": options.episodes,
+        "tolerance": _plain(cached.tolerance),
+        "kinds": list(cached.kinds),
+    }
     _print(
         options,
         result,
         (
             f"{found.steps} steps, {100 * found.hit_rate:.2f}% answered by the library within "
             f"{_tolerance_text(policy, cached.tolerance)}\n"
-            f"return {found.return_cached:.2f}, policy alone {found.return_policy:.2f} "
-            f"({100 * found.return_cached / found.return_policy:.2f}%)\n"
+            f"{_returns_text(found.return_cached, found.return_policy)}\n"
             f"worst error over its bound: {found.worst_error_over_bound:.3f}, {found.violations} violations\n"
+            f"{_exceedances_text(found.exceedances, found.statistical_hits)}"
             f"hit p50 {found.hit_us['p50']:.1f} us, p99 {found.hit_us['p99']:.1f} us; policy p50 "
             f"{found.policy_us['p50']:.1f} us, p99 {found.policy_us['p99']:.1f} us; mean step "
             f"{found.mean_step_us:.1f} us, {found.mean_step_speedup:.1f} times cheaper than the policy alone"
@@ -393,24 +599,249 @@ def _export_vnnlib(options: argparse.Namespace) -> int:
 def _workloads(options: argparse.Namespace) -> int:
     from laws_ros.build import workloads
 
-    rows = workloads.names()
-    width = max(len(name) for name, _ in rows)
+    rows, lines = [], []
+    for name, about in workloads.names():
+        try:
+            known = workloads.parameters(name)
+        except LawsError:  # its simulator is not installed
+            known = {}
+        rows.append({"name": name, "about": about, "parameters": {k: asdict(p) for k, p in known.items()}})
+        lines.append(f"{name:16} {about}")
+        for key, p in known.items():
+            values = ", ".join(p.choices) if p.choices else f"{p.low:g} to {p.high:g}"
+            lines.append(f"{'':16}   ?{key}={p.default}  {p.about} ({values})")
+    _print(options, {"workloads": rows}, "\n".join(lines))
+    return 0
+
+
+def _returns_text(cached: float, policy: float) -> str:
+    if math.isnan(policy):
+        return "a recording is replayed, not driven: there is no return"
+    return f"return {cached:.2f}, policy alone {policy:.2f} ({100 * cached / policy:.2f}%)"
+
+
+def _folder(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()
+
+
+def _writable(path: str) -> Path:
+    """A file to write, in a folder that exists."""
+    out = Path(path).expanduser()
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"{out}: the folder {out.absolute().parent} does not exist")
+    return out
+
+
+def _driven(options: argparse.Namespace) -> tuple[Policy, Workload]:
+    """The policy and the workload of a command that simulates."""
+    from laws_ros.build import workloads
+    from laws_ros.build.evaluate import check_fit
+
+    policy = _open_policy(options.policy)
+    workload = workloads.get(options.workload)
+    check_fit(policy, workload)
+    return policy, workload
+
+
+def _record(options: argparse.Namespace) -> int:
+    from laws_ros.build import bags
+    from laws_ros.build.evaluate import policy_rollouts
+
+    out, progress = _writable(options.out), _Progress("record")
+    policy, workload = _driven(options)
+    found = policy_rollouts(
+        policy,
+        workload,
+        options.episodes,
+        options.seed,
+        parts=_folder(options.parts),
+        progress=lambda done, steps: progress.bar(
+            max(done / options.episodes, steps / (options.episodes * workload.spec.episode_steps)),
+            f"{done} of {options.episodes} episodes, {steps} steps",
+        ),
+    )
+    messages = bags.record(found, workload.spec, out)
+    steps = sum(len(r) for r in found.rewards)
+    result = {
+        "path": str(out),
+        "messages": messages,
+        "steps": steps,
+        "episodes": options.episodes,
+        "return": float(found.returns.mean()),
+    }
     _print(
         options,
-        {"workloads": [{"name": name, "about": about} for name, about in rows]},
-        "\n".join(f"{name:{width}}  {about}" for name, about in rows),
+        result,
+        f"{out}: {messages} messages, {options.episodes} episodes, {steps} steps, mean return {result['return']:.2f}",
+    )
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from laws_ros.build import calibrate
+
+    picture = _writable(options.plot) if options.plot else None
+    if not 0.0 < options.keep < 1.0:
+        raise ConfigError(f"--keep {options.keep:g}: a share between 0 and 1 is needed")
+    policy, workload = _driven(options)
+    found = calibrate.calibrate(
+        policy, workload, options.episodes, options.seed, options.keep, progress=_Progress("calibrate")
+    )
+    if picture is not None:
+        calibrate.plot(found, f"{policy.path.name} on {workload.spec.name}", picture)
+    lines = [f"{name:10} {100 * share:.2f}% of each action's range" for name, share in found.tolerance_by_error.items()]
+    _print(
+        options,
+        asdict(found) | {"workload": workload.spec.name},
+        f"the largest error that keeps {100 * found.keep:g}% of a return of {found.return_policy:.2f}:\n"
+        + "\n".join(lines)
+        + f"\ntolerance: {'at least ' if found.beyond else ''}{100 * found.tolerance:.2f}% of each action's range "
+        f"(worst: {found.adversary}; {found.episodes} episodes each)",
+    )
+    return 0
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    from laws_ros.build import workloads
+    from laws_ros.build.adapt import adapt
+    from laws_ros.build.evaluate import check_fit
+
+    out = _writable(options.out)
+    if out.suffix != ".onnx":
+        raise ConfigError(f"--out {out}: a name that ends in .onnx is needed")
+    policy = _open_policy(options.policy, options.decision)
+    workload = workloads.get(options.workload)
+    check_fit(policy, workload)
+    tolerance = parse_tolerance(options.tolerance, policy, workload)
+    found = adapt(
+        policy,
+        workload,
+        out,
+        tolerance,
+        {key: getattr(options, key) for key in ("hidden", "steps", "episodes", "check_episodes")},
+        max_regions=options.max_regions,
+        seed=options.seed,
+        progress=_Progress("adapt"),
+    )
+
+    def share(coverage: Any) -> str:
+        return "cannot be certified" if coverage.answered is None else f"{100 * coverage.answered:.1f}%"
+
+    _print(
+        options,
+        asdict(found) | {"path": str(out), "tolerance": _plain(tolerance), "workload": workload.spec.name},
+        f"{out}: return {found.return_adapted:.2f}, of {policy.path.name} {found.return_policy:.2f}\n"
+        f"held-out observations answered within {_tolerance_text(policy, tolerance)} by a library of at most "
+        f"{options.max_regions} regions: {share(found.coverage_adapted)}, before {share(found.coverage_policy)}",
+    )
+    return 0
+
+
+def _render(options: argparse.Namespace) -> int:
+    from laws_ros.build import render
+
+    out = _writable(options.out)
+    render.choose_backend()
+    policy, workload = _driven(options)
+    seconds = render.contact_sheet(
+        workload, lambda x: policy.decide(policy.batch(x)), out, options.seed, options.seconds
+    )
+    _print(
+        options,
+        {"path": str(out), "bytes": out.stat().st_size, "seconds": seconds},
+        f"{out}: {seconds:.2f} s of {workload.spec.name}, {out.stat().st_size / 1e3:.0f} kB",
     )
     return 0
 
 
 def _train(options: argparse.Namespace) -> int:
-    from laws_ros.build.train import train
+    if options.policy == "diffusion":
+        from laws_ros.build.diffusion import train_diffusion as train
+    else:
+        from laws_ros.build.train import train  # type: ignore[assignment]
 
     result = train(
         options.workload, Path(options.out), seed=options.seed, log=lambda text: print(text, file=sys.stderr)
     )
     _print(options, result, json.dumps(_finite(result), indent=2))
     return 0
+
+
+def _bundle(options: argparse.Namespace) -> int:
+    from laws_ros.runtime.bundle import bundle
+    from laws_ros.runtime.files import resolve
+
+    config = resolve(options.config) if options.config else None
+    manifest = bundle(resolve(options.library), resolve(options.policy), options.out, config)
+    lines = [f"{name}: {file['bytes']} bytes, sha256 {file['sha256'][:12]}" for name, file in manifest["files"].items()]
+    _print(options, {"path": options.out, **manifest}, "\n".join([f"wrote {options.out}", *lines]))
+    return 0
+
+
+def _install(options: argparse.Namespace) -> int:
+    from laws_ros.runtime.bundle import install, roll_back
+
+    if options.roll_back == (options.bundle is not None):
+        raise ConfigError("name a bundle to install, or --roll-back, not both")
+    release = roll_back(options.into) if options.roll_back else install(options.bundle, options.into)
+    _print(options, {"release": str(release)}, f"{options.into}/current is {release.name}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from laws_ros.runtime.doctor import examine
+    from laws_ros.runtime.files import resolve
+
+    if options.library and not options.policy:
+        raise ConfigError("--library needs the --policy that it was made for")
+    findings = examine(*(resolve(path) if path else None for path in (options.policy, options.library)))
+    failed = [f for f in findings if f.verdict == "fail"]
+    lines = [f"{f.verdict:5}{f.topic:24}{f.text}" for f in findings]
+    verdict = "do not run certificates on this machine" if failed else "fit to run"
+    _print(
+        options, {"fit": not failed, "findings": [f._asdict() for f in findings]}, "\n".join([*lines, "", verdict])
+    )
+    return 1 if failed else 0
+
+
+def _library_command(options: argparse.Namespace) -> int:
+    from laws_ros.runtime import history
+
+    if options.action == "recover":
+        found = history.recover(options.history, options.out)._asdict()
+        text = f"wrote {options.out}: " + ", ".join(f"{count} {name}" for name, count in found.items())
+    else:
+        library = history.snapshot(options.history)
+        library.save(options.out)
+        found = {"regions": len(library), "digest": library.digest}
+        text = f"wrote {options.out}: {len(library)} regions"
+    _print(options, {"path": options.out, **found}, text)
+    return 0
+
+
+def _up(options: argparse.Namespace) -> int:
+    from laws_ros.nodes import up
+
+    given = {name: getattr(options, name) for name in ("policy", "library") if getattr(options, name)}
+    return up.run(
+        options.robot,
+        options.namespace or [""],
+        not options.no_sim,
+        options.seconds,
+        options.record,
+        {"controller": given},
+    )
+
+
+def _top(options: argparse.Namespace) -> int:
+    from laws_ros.nodes import top
+
+    once = options.once or options.json
+    found = top.run(once)
+    if once:
+        text = "\n".join(f"{name}: {top.line(facts)}" for name, facts in sorted(found.items()))
+        _print(options, found, text or "no controller has reported")
+    return 0 if found else 1
 
 
 def _demo(options: argparse.Namespace) -> int:

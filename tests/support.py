@@ -41,9 +41,15 @@ def save_model(
 
 
 def save_mlp(
-    path: Path, layers: list[tuple[NDArray, NDArray]], activation: str = "Relu", clip: float | None = None
+    path: Path,
+    layers: list[tuple[NDArray, NDArray]],
+    activation: str = "Relu",
+    clip: float | None = None,
+    normalize: float | None = None,
+    opset: int = 17,
 ) -> Path:
-    """An MLP of (weight [out, in], bias [out]) layers; `clip` limits the output to [-clip, clip]."""
+    """An MLP of (weight [out, in], bias [out]) layers; `clip` limits the output to [-clip, clip]; `normalize` puts a
+    LayerNormalization with that epsilon in front of every activation."""
     nodes, constants, name = [], {}, "observation"
     for k, (weight, bias) in enumerate(layers):
         constants |= {f"w{k}": weight.astype(np.float32), f"b{k}": bias.astype(np.float32)}
@@ -51,13 +57,21 @@ def save_mlp(
         out = "action" if last and clip is None else f"z{k}"
         nodes.append(helper.make_node("Gemm", [name, f"w{k}", f"b{k}"], [out], transB=1, name=f"gemm{k}"))
         name = out
+        if not last and normalize is not None:
+            constants |= {
+                f"g{k}": np.linspace(0.5, 1.5, len(bias)).astype(np.float32),
+                f"c{k}": bias.astype(np.float32),
+            }
+            inner = [name, f"g{k}", f"c{k}"]
+            nodes.append(helper.make_node("LayerNormalization", inner, [f"n{k}"], epsilon=normalize, name=f"norm{k}"))
+            name = f"n{k}"
         if not last:
             nodes.append(helper.make_node(activation, [name], [f"a{k}"], name=f"activation{k}"))
             name = f"a{k}"
     if clip is not None:
         constants |= {"low": np.array(-clip, np.float32), "high": np.array(clip, np.float32)}
         nodes.append(helper.make_node("Clip", [name, "low", "high"], ["action"], name="clip"))
-    return save_model(path, nodes, constants, layers[0][0].shape[1], len(layers[-1][1]))
+    return save_model(path, nodes, constants, layers[0][0].shape[1], len(layers[-1][1]), opset)
 
 
 def random_mlp(rng: np.random.Generator, sizes: list[int], gain: float = 1.5) -> list[tuple[NDArray, NDArray]]:

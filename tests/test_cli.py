@@ -180,3 +180,79 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.strip() == "laws demo: the Python package rclpy is not installed: pip install 'laws_ros[ros]'"
+
+
+def test_kinds_from_build_to_eval(discrete, capsys, tmp_path) -> None:
+    policy, library = str(discrete[0]), str(tmp_path / "k.laws")
+    gym = ("--policy", policy, "--workload", "gym:CartPole-v1")
+    for kind in ("point", "lipschitz"):
+        options = ("--kind", kind, "--decision", "argmax", "--steps", "600", "--max-regions", "100", "--out", library)
+        built = run_json(capsys, "build", *gym, *options)
+        assert built["kind"] == kind and 0 < built["regions"] <= 100
+        verified = run_json(capsys, "verify", library, "--policy", policy, "--samples", "2000", "--attack")
+        assert verified["exit"] == 0 and verified["kinds"] == {
+            kind: {"holds": built["regions"], "violated": 0, "unknown": 0}
+        }
+        found = run_json(capsys, "eval", library, *gym, "--episodes", "1", "--kinds", kind)
+        assert found["violations"] == 0 and found["kinds"] == [kind]
+        assert run_json(capsys, "explain", library)["regions"][0]["kind"] == kind
+    assert run_json(capsys, "eval", library, *gym, "--episodes", "1", "--kinds", "exact")["hit_rate"] == 0.0
+    assert "'linar' is no kind of certificate; did you mean linear" in refused(
+        capsys, "eval", library, *gym, "--kinds", "linar"
+    )
+
+
+def test_a_policy_that_nothing_can_be_proved_about(capsys, tmp_path) -> None:
+    gain = np.array([[0.3], [0.6], [3.0], [1.0]], np.float32)
+    nodes = [
+        helper.make_node("Sin", ["observation"], ["wave"], name="wave"),
+        helper.make_node("MatMul", ["wave", "w"], ["action"]),
+    ]
+    path = save_model(tmp_path / "wave.onnx", nodes, {"w": np.concatenate([-gain, gain], axis=1)}, 4, 2)
+    policy, library = str(path), str(tmp_path / "wave.laws")
+    gym = ("--policy", policy, "--workload", "gym:CartPole-v1")
+    built = run_json(
+        capsys, "build", *gym, "--out", library, "--kind", "statistical", "--decision", "argmax", "--steps", "4000",
+        "--delta", "0.1", "--beta", "0.01", "--fresh-episodes", "60", "--draws", "25",
+    )  # fmt: skip
+    assert built["regions"] > 0 and built["heldout_hit_rate"] > 0.3 and built["heldout_exceedance"] <= 0.1
+    assert (built["delta"], built["beta"]) == (0.1, 0.01) and built["fresh_draws"] <= 60 * 25
+    verified = run_json(
+        capsys, "verify", library, "--policy", policy, "--workload", "gym:CartPole-v1", "--episodes", "5"
+    )
+    assert (
+        verified["exit"] == 0
+        and verified["samples"] == 0
+        and verified["exceedances"] <= 0.1 * verified["fresh_observations"]
+    )
+    assert main(["verify", library, "--policy", policy]) == 0 and "proved again" not in capsys.readouterr().out
+    assert run_json(capsys, "eval", library, *gym, "--episodes", "1")["hit_rate"] == 0.0  # never unless it is named
+    found = run_json(capsys, "eval", library, *gym, "--episodes", "1", "--kinds", "statistical")
+    assert found["statistical_hits"] > 0 and found["exceedances"] <= 0.1 * found["statistical_hits"]
+    law = run_json(capsys, "explain", library)["regions"][0]
+    assert law["kind"] == "statistical" and "nothing is proved" in law["standing"] and "10.00%" in law["standing"]
+    for option in ("--delta", "--beta"):
+        with pytest.raises(SystemExit):
+            main(["build", *gym, "--out", library, option, "1"])
+
+
+def test_collapsed_experts_from_build_to_eval(discrete, capsys, tmp_path) -> None:
+    policy = str(save_mlp(tmp_path / "p.onnx", random_mlp(np.random.default_rng(3), [3, 24, 24, 1], gain=2.5)))
+    library, gym = str(tmp_path / "k.laws"), ("--policy", policy, "--workload", "gym:Pendulum-v1")
+    built = run_json(
+        capsys, "build", *gym, "--kind", "linear+exact", "--share", "0.9", "--steps", "2000", "--tolerance", "0.02",
+        "--max-regions", "300", "--out", library,
+    )  # fmt: skip
+    verified = run_json(capsys, "verify", library, "--policy", policy, "--samples", "3000", "--attack")
+    assert verified["exit"] == 0 and set(verified["kinds"]) == {"linear", "exact"} and built["heldout_hit_rate"] > 0.1
+    found = run_json(capsys, "eval", library, *gym, "--episodes", "2")
+    assert found["violations"] == 0 and found["worst_error_over_bound"] <= 1
+    only = [
+        run_json(capsys, "eval", library, *gym, "--episodes", "2", "--kinds", k)["hit_rate"]
+        for k in ("linear", "exact")
+    ]
+    assert max(only) <= found["hit_rate"] <= 1 and min(only) > 0
+    laws = run_json(capsys, "explain", library, "--all")["regions"]
+    assert any("multiplications left" in law["expert"][0] for law in laws if law["kind"] == "exact")
+    balance = ("--policy", str(discrete[0]), "--workload", "gym:CartPole-v1", "--decision", "argmax")
+    assert "cannot decide by argmax" in refused(capsys, "build", *balance, "--kind", "exact", "--out", library)

@@ -23,6 +23,9 @@ OPERATORS = {
     "selu": ("Selu", {}),
     "erf": ("Erf", {}),
     "gelu": ("Gelu", {}),
+    "gelu_tanh": ("Gelu", {"approximate": "tanh"}),
+    "mish": ("Mish", {}),
+    "hardswish": ("HardSwish", {}),
 }
 
 

@@ -23,6 +23,8 @@ PARTS: dict[str, tuple[set[str], set[str]]] = {
     "nodes": ({"core", "runtime", "build"}, {"numpy", "rich", "rclpy", "rcl_interfaces", "builtin_interfaces"}),
     "cli": ({"core", "runtime", "build", "nodes"}, {"numpy", "rich"}),
 }
+PARTS["build"][1].update({"matplotlib", "PIL", "rosbags", "array_api_compat"})  # pictures, bags, bounds on torch
+PARTS["nodes"][1].add("rosbags")
 MESSAGES = {"diagnostic_msgs", "rosgraph_msgs", "sensor_msgs", "std_msgs", "std_srvs", "lifecycle_msgs"}
 PARTS["nodes"][1].update(MESSAGES)
 

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laws_ros.core import library as module
-from laws_ros.core.certificate import Certificates
+from laws_ros.core.certificate import KINDS, Certificates, Ragged, kind_code
 from laws_ros.core.errors import LibraryError
-from laws_ros.core.library import MAGIC, Library
+from laws_ros.core.library import BEFORE_KINDS, MAGIC, Library
+
+_arrays = Library._arrays
 
 
 def test_a_library_comes_back_as_it_was_saved(built, tmp_path) -> None:
@@ -78,6 +80,48 @@ def test_missing_and_foreign_files(tmp_path) -> None:
         Library.load(tmp_path / "new.laws")
 
 
+def test_kinds_that_this_program_does_not_know_are_refused(built, tmp_path, monkeypatch) -> None:
+    """What a later program may write: another kind, another array, another payload."""
+    c = built.library.certificates
+
+    def refused(library: Library) -> str:
+        library.save(tmp_path / "x.laws")
+        with pytest.raises(LibraryError, match=r"x\.laws") as caught:
+            Library.load(tmp_path / "x.laws")
+        return str(caught.value)
+
+    def changed(**fields: object) -> Library:
+        return replace(built.library, certificates=replace(c, **fields))
+
+    kind = c.kind.copy()
+    kind[3] = len(KINDS)
+    assert f"kind number {len(KINDS)}" in refused(changed(kind=kind))
+    kind[3] = kind_code("exact")
+    assert "no neuron states" in refused(changed(kind=kind))
+    kind[3] = kind_code("statistical")
+    assert "evidence" in refused(changed(kind=kind))
+    assert "kind has shape" in refused(changed(kind=kind[1:]))
+    assert "floats is inconsistent" in refused(changed(floats=Ragged(np.ones(3, np.float32), c.floats.start)))
+    assert "octets is inconsistent" in refused(changed(octets=Ragged(c.octets.values, c.octets.start[1:])))
+    monkeypatch.setattr(Library, "_arrays", lambda self: _arrays(self) | {"signature": np.zeros(3)})
+    assert "signature, which this program does not know" in refused(built.library)
+    monkeypatch.setattr(Library, "_arrays", lambda self: {k: v for k, v in _arrays(self).items() if "cost" not in k})
+    assert "certificates.cost' is missing" in refused(built.library)
+
+
+def test_a_library_from_before_kinds_is_all_linear(built, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "old.laws"
+    later = ("kind", "cost", "floats", "octets")
+    before = {k: v for k, v in _arrays(built.library).items() if k.split(".")[1:2] and k.split(".")[1] not in later}
+    rest = {"tolerance": built.library.tolerance, "visits": built.library.visits}
+    monkeypatch.setattr(Library, "_arrays", lambda self: before | rest)
+    monkeypatch.setattr(module, "MAGIC", BEFORE_KINDS)
+    built.library.save(path)
+    monkeypatch.undo()
+    found = Library.load(path)
+    assert found.ids == built.library.ids and {KINDS[k] for k in found.certificates.kind} == {"linear"}
+
+
 def test_a_failed_write_leaves_the_old_library(built, tmp_path, monkeypatch) -> None:
     path = tmp_path / "x.laws"
     built.library.save(path)
@@ -109,7 +153,31 @@ def test_ids_name_content_not_position(built) -> None:
     shuffled = replace(built.library, certificates=built.library.certificates[order])
     assert shuffled.ids == [built.library.ids[k] for k in order]
     for field in fields(Certificates):
-        changed = getattr(built.library.certificates, field.name).copy()
-        changed[0].flat[0] = np.nextafter(changed[0].flat[0], np.inf) if changed[0].size else changed[0]
+        changed = getattr(built.library.certificates, field.name)
+        if isinstance(changed, Ragged):
+            changed = Ragged.of([np.ones(1), *[np.zeros(0)] * (len(changed) - 1)], changed.values.dtype)
+        else:
+            changed = changed.copy()
+            changed.flat[0] = np.nextafter(changed.flat[0], np.inf) if changed.dtype.kind == "f" else 5
         other = replace(built.library, certificates=replace(built.library.certificates, **{field.name: changed}))
         assert other.ids[0] != built.library.ids[0] and other.ids[1:] == built.library.ids[1:]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=8), st.data())
+def test_ragged_rows_are_those_of_a_list(lengths: list[int], data) -> None:
+    rng = np.random.default_rng(len(lengths))
+    rows = [rng.normal(size=k).astype(np.float32) for k in lengths]
+    ragged = Ragged.of(rows, np.float32)
+    which = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=6)) if rows else []
+    mask = rng.random(len(rows)) < 0.5
+    for found, want in (
+        (ragged, rows),
+        (ragged[np.array(which, np.intp)], [rows[k] for k in which]),
+        (ragged[mask], [row for row, chosen in zip(rows, mask, strict=True) if chosen]),
+        (ragged[1:3], rows[1:3]),
+        (Ragged.join([ragged, ragged[1:]]), rows + rows[1:]),
+    ):
+        assert len(found) == len(want)
+        for k, row in enumerate(want):
+            np.testing.assert_array_equal(found.row(k), row)

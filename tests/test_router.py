@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from laws_ros.build.grow import answered
 from laws_ros.core import router
+from laws_ros.core.certificate import FORMAL, KINDS, kind_code
 from laws_ros.core.errors import ConfigError, ObservationError
 from laws_ros.core.library import Library
 from laws_ros.runtime import routing
@@ -56,6 +57,70 @@ def test_adding_experts_never_lowers_coverage_and_order_does_not_matter(built, s
     whole = Router(built.library, built.library.tolerance).many(x)
     names = lambda library, found: [library.ids[k] if k >= 0 else None for k in found]  # noqa: E731
     assert names(more, hit_more) == names(built.library, whole)
+
+
+def assorted(built, rng: np.random.Generator) -> Library:
+    """The library with regions of every kind that an affine expert may have, some of them of no cost."""
+    c = built.library.certificates
+    kind = rng.choice([kind_code(k) for k in ("linear", "point", "lipschitz", "statistical")], len(c)).astype(np.uint8)
+    mixed = replace(c, kind=kind, cost=rng.integers(0, 3, len(c)))
+    return replace(built.library, certificates=mixed).indexed(built.library.trie)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_only_the_kinds_that_were_named_answer_and_more_kinds_answer_more(built, seed) -> None:
+    rng = np.random.default_rng(seed)
+    library, x = assorted(built, rng), queries(built, seed)
+    hit = np.zeros(len(x), bool)
+    for k in range(1, len(KINDS) + 1):
+        found = Router(library, library.tolerance, KINDS[:k]).many(x)
+        assert (found[hit] >= 0).all()  # adding a kind never takes an answer away
+        hit = found >= 0
+        assert {KINDS[code] for code in library.certificates.kind[found[hit]]} <= set(KINDS[:k])
+    formal = Router(library, library.tolerance).many(x)
+    np.testing.assert_array_equal(formal, Router(library, library.tolerance, FORMAL).many(x))
+    without = some(library, np.flatnonzero(library.certificates.among(FORMAL)))
+    assert ((Router(without, library.tolerance).many(x) >= 0) == (formal >= 0)).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_the_cheapest_that_may_answer_does_whatever_the_order_of_insertion(built, seed) -> None:
+    rng = np.random.default_rng(seed)
+    library, x = assorted(built, rng), queries(built, seed, 100)
+    shuffled = some(library, rng.permutation(len(library)))
+    one, two = (Router(k, library.tolerance, KINDS).many(x) for k in (library, shuffled))
+    assert [library.ids[k] for k in one if k >= 0] == [shuffled.ids[k] for k in two if k >= 0]
+    c = library.certificates
+    for query, region in zip(x, one, strict=True):
+        if region >= 0:
+            able = answered(c, np.arange(len(c)), np.tile(query, (len(c), 1)), library.tolerance * (1 - 1e-9), "none")
+            assert not len(c.cost[able]) or c.cost[region] <= c.cost[able].min()
+
+
+def test_unknown_kinds_are_refused_with_the_nearest_names(built) -> None:
+    for bad in ("statistic", "lineal", "formal"):
+        with pytest.raises(ConfigError, match=rf"kinds: '{bad}'"):
+            CachedPolicy(built.library, built.policy, kinds=[bad])
+    with pytest.raises(ConfigError, match="did you mean statistical"):
+        CachedPolicy(built.library, built.policy, kinds=["linear", "statistic"])
+    assert CachedPolicy(built.library, built.policy, kinds=[]).kinds == FORMAL
+
+
+def test_a_tolerance_can_change_between_two_steps(built) -> None:
+    cached, x = CachedPolicy(built.library, built.policy), queries(built, 6)
+    wide = [cached.lookup(row) is not None for row in x]
+    cached.set_tolerance([0.01, 0.02])
+    narrow = [cached.lookup(row) for row in x]
+    other = CachedPolicy(built.library, built.policy, [0.01, 0.02])
+    assert [a is not None for a in narrow] == [other.lookup(row) is not None for row in x]
+    assert all((a.bound <= [0.01, 0.02]).all() for a in narrow if a is not None)
+    with pytest.raises(ConfigError, match="tolerance"):
+        cached.set_tolerance([-1.0])
+    assert cached.tolerance.tolist() == [0.01, 0.02]
+    cached.set_tolerance(built.library.tolerance)
+    assert [cached.lookup(row) is not None for row in x] == wide and sum(wide) > sum(a is not None for a in narrow)
 
 
 def test_a_larger_tolerance_answers_more(built) -> None:

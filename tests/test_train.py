@@ -15,7 +15,8 @@ for module in ("mujoco", "scipy"):
 from laws_ros.build import workloads  # noqa: E402
 from laws_ros.build.cartpole import SPEC, teacher  # noqa: E402
 from laws_ros.build.regularizers import certified_gap, random_boxes  # noqa: E402
-from laws_ros.build.train import Recipe, saturating_error, train  # noqa: E402
+from laws_ros.build.train import Recipe, _Student, saturating_error, train  # noqa: E402
+from laws_ros.core.card import Card  # noqa: E402
 from laws_ros.core.certify import certify  # noqa: E402
 from laws_ros.core.errors import WorkloadError  # noqa: E402
 from laws_ros.core.region import Regions  # noqa: E402
@@ -67,14 +68,38 @@ def test_manifest_keeps_other_entries(trained, tmp_path):
     assert sorted(json.loads((tmp_path / "MANIFEST.json").read_text())) == ["cartpole.onnx", "other.onnx"]
 
 
-def test_shipped_model_is_the_one_in_the_manifest():
-    entry = json.loads(share_path("models/MANIFEST.json").read_text())["cartpole.onnx"]
-    path = share_path("models/cartpole.onnx")
+@pytest.mark.parametrize("name", ["cartpole", "arm_sort"])
+def test_shipped_model_is_the_one_in_the_manifest(name):
+    entry = json.loads(share_path("models/MANIFEST.json").read_text())[f"{name}.onnx"]
+    path = share_path(f"models/{name}.onnx")
     assert sha256_file(path) == entry["sha256"]
     assert entry["parameters"] >= 4_000_000
-    assert entry["recipe"] == asdict(Recipe())  # the command in the manifest makes this model
+    assert path.stat().st_size < 20_000_000
+    recipe = asdict(Recipe(**getattr(workloads.module(name), "RECIPE", {})))
+    assert {**asdict(Recipe()), **entry["recipe"]} == recipe  # the command in the manifest makes this model
     assert entry["policy_over_teacher"] >= 0.99
-    assert load_card(path).observations == SPEC.observations
+    card, spec = load_card(path), workloads.get(name).spec
+    assert (card.observations, card.actions, card.context) == (spec.observations, spec.actions, spec.context)
+
+
+def test_contexts_have_boxes_of_their_own(tmp_path):
+    recipe = Recipe(hidden=16, steps=2, rounds=0, episodes=1, check_episodes=1, parity_samples=10)
+    workload, lines = workloads.get("arm_sort"), []
+    card = Card("arm", workload.spec.observations, workload.spec.actions, context=("station", "phase"))
+    student = _Student(workload, workloads.module("arm_sort").teacher(), card, recipe, 0)
+    student.gather(student.teacher, seed=0)
+    student.fit(2, lines.append)
+    assert {tuple(c) for c in student.contexts} >= {(0, 0), (0, 1), (0, 2), (0, 3), (1, 4), (1, 5)}
+    axes = student.axes.numpy()
+    assert axes.shape == (len(student.contexts), 19, 17)
+    assert not axes[:, 17:].any()
+    assert not student.spread[17:].any()  # no jitter there either
+    here = next(k for k, c in enumerate(student.contexts) if tuple(c) == (0, 2))
+    rows = np.flatnonzero((student.data[:, 17:] == (0, 2)).all(axis=1))
+    assert np.array_equal(student.around(rows[:3]).numpy(), axes[[here] * 3])
+    # the joints share one scale, so that a joint that hardly moves is not magnified
+    assert len(set(student.scale[:7])) == 1
+    assert student.data[:, 2].std() < 0.2 * student.data[:, 0].std()
 
 
 def test_workload_without_teacher(tmp_path):
@@ -142,7 +167,7 @@ def test_penalty_has_gradients_in_every_layer_and_falls_under_them():
     _, net = mlp(np.random.default_rng(2), [4, 32, 32, 1])
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(64, 4, generator=generator).double()
-    boxes = random_boxes(centers, torch.eye(4).double(), 0.3, generator)
+    boxes = random_boxes(torch.eye(4).double().expand(64, 4, 4), 0.3, generator)
     assert (boxes.abs().amax(dim=(1, 2)) <= 0.3).all()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     history = []

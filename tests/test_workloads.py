@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from laws_ros.build import workloads
+from laws_ros.build.parts import rollouts_in_parts
 from laws_ros.core.errors import WorkloadError
 
 pytest.importorskip("mujoco", reason="workload tests need MuJoCo: pip install 'laws_ros[sim]'")
 gymnasium = pytest.importorskip("gymnasium", reason="workload tests need Gymnasium: pip install 'laws_ros[gym]'")
 
-ALL = ["cartpole", "gym:CartPole-v1", "gym:Pendulum-v1", "gym:MountainCarContinuous-v0"]
+ALL = [
+    *("cartpole", "arm_sort?zipf=1.5", "quadruped_walk"),
+    *("gym:CartPole-v1", "gym:Pendulum-v1", "gym:MountainCarContinuous-v0"),
+]
+STEPS = 60
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(scope="module", params=ALL)
 def workload(request):
-    return workloads.get(request.param)
+    found = workloads.get(request.param)
+    return replace(found, spec=replace(found.spec, episode_steps=min(STEPS, found.spec.episode_steps)))
 
 
 def some_policy(spec):
@@ -44,6 +53,7 @@ def test_spec_and_one_rollout(workload):
     assert spec.period_s > 0
     assert spec.episode_steps > 0
     assert len({c.name for c in spec.observations}) == len(spec.observations)
+    assert set(spec.context) <= {c.name for c in spec.observations}
     found = workloads.rollouts(workload, some_policy(spec), episodes=3, seed=0)
     low, high = np.array([(c.low, c.high) for c in spec.observations]).T
     for seen, done, earned in zip(*found, strict=True):
@@ -58,17 +68,48 @@ def test_spec_and_one_rollout(workload):
         assert (seen <= high).all()
 
 
-def test_same_seed_same_bits_whatever_the_lanes(workload):
+def test_same_seed_same_bits_whatever_the_lanes_and_threads(workload):
     policy = some_policy(workload.spec)
     one = workloads.rollouts(workload, policy, episodes=4, seed=5, lanes=1)
-    assert equal(one, workloads.rollouts(workload, policy, episodes=4, seed=5, lanes=3))
+    assert equal(one, workloads.rollouts(workload, policy, episodes=4, seed=5, lanes=3, threads=2))
     assert not equal(one, workloads.rollouts(workload, policy, episodes=4, seed=6, lanes=3))
 
 
-def test_first_episodes_do_not_depend_on_how_many_follow(workload):
+def test_the_batch_is_as_many_single_simulations(workload):
+    if workload.batch is None:
+        pytest.skip("this workload has no batch of its own; single simulations are stacked")
     policy = some_policy(workload.spec)
-    few, more = (workloads.rollouts(workload, policy, episodes=n, seed=5, lanes=n) for n in (1, 2))
-    assert np.array_equal(few.observations[0], more.observations[0])
+    single = replace(workload, batch=None)
+    assert equal(*(workloads.rollouts(w, policy, episodes=3, seed=8) for w in (workload, single)))
+
+
+def test_any_range_of_episodes_can_be_run_alone(workload, tmp_path):
+    policy = some_policy(workload.spec)
+    whole = workloads.rollouts(workload, policy, episodes=5, seed=5)
+    assert equal(whole.chosen([3, 4]), workloads.rollouts(workload, policy, episodes=2, seed=5, first=3))
+    runs = []
+
+    def counted(x):
+        runs.append(len(x))
+        return policy(x)
+
+    def in_parts(episodes):
+        return rollouts_in_parts(workload, counted, episodes, 5, tmp_path, "some policy", part=2)
+
+    assert equal(whole, in_parts(5))
+    runs.clear()
+    assert equal(whole, in_parts(5)) and not runs
+    damaged = sorted(tmp_path.iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert equal(whole, in_parts(5)) and runs
+
+
+def test_progress_counts_to_the_end(workload):
+    seen = []
+    found = workloads.rollouts(
+        workload, some_policy(workload.spec), episodes=3, seed=0, lanes=2, progress=lambda *now: seen.append(now)
+    )
+    assert seen[-1] == (3, sum(len(r) for r in found.rewards)) and seen == sorted(seen)
 
 
 def test_simulation_restarts_and_shares_no_buffers(workload):
@@ -103,7 +144,7 @@ def test_actions_saturate_and_bad_ones_are_refused(workload):
         assert np.array_equal(*runs)
         bad = [np.full(len(high), np.nan), np.zeros(len(high) + 1), np.full(len(high), np.inf)]
     for action in bad:
-        with pytest.raises(WorkloadError, match=spec.name):
+        with pytest.raises(WorkloadError, match=re.escape(spec.name)):
             simulation.step(action)
     simulation.close()
 
@@ -129,8 +170,15 @@ def test_cartpole_falls_without_control():
     ("name", "message"),
     [
         ("cartpol", "did you mean cartpole"),
-        ("nothing", "known: cartpole, gym:ENV_ID"),
-        ("CartPole-v1", "did you mean"),
+        ("nothing", "known: cartpole, .*gym:ENV_ID"),
+        ("CartPole-v1", "did you mean gym:CartPole-v1"),
+        ("quadruped", "did you mean quadruped_walk"),
+        ("cartpole?mass=2", "unknown parameter 'mass'; it takes none"),
+        ("arm_sort?zip=1.5", "unknown parameter 'zip'; it takes .*zipf"),
+        ("arm_sort?zipf=abc", "zipf: 'abc' is no number from"),
+        ("arm_sort?zipf=-1", "zipf: '-1' is no number from"),
+        ("arm_sort?zipf=nan", "zipf: 'nan' is no number from"),
+        ("quadruped_walk?ground=ice", "ground: 'ice' is none of .*flat"),
         ("gym:CartPol-v1", "did you mean gym:CartPole-v1"),
         ("gym:CartPole-v99", "CartPole"),
         ("gym:Blackjack-v1", "observation space Tuple.*supported are Box observations"),
@@ -166,5 +214,26 @@ def test_unsupported_spaces(observed, acted, message):
 
 
 def test_names_are_listed_without_simulators():
-    assert [name for name, _ in workloads.names()] == ["cartpole", "gym:ENV_ID"]
+    names = [name for name, _ in workloads.names()]
+    assert names == ["cartpole", "arm_sort", "quadruped_walk", "gym:ENV_ID", "BAG"]
     assert all(about for _, about in workloads.names())
+
+
+def test_parameters_change_the_workload():
+    plain, changed = (workloads.get(name) for name in ("arm_sort", "arm_sort?zipf=3"))
+    assert (plain.spec.name, changed.spec.name) == ("arm_sort", "arm_sort?zipf=3")
+    assert workloads.get("arm_sort?zipf=3").spec == changed.spec
+    default = workloads.parameters("arm_sort")["zipf"].default
+    assert workloads.get(f"arm_sort?zipf={default}").spec == plain.spec
+    teacher = workloads.module("arm_sort").teacher()
+    short = [replace(w, spec=replace(w.spec, episode_steps=300)) for w in (plain, changed)]
+    assert not equal(*(workloads.rollouts(w, teacher, episodes=4, seed=1) for w in short))
+
+
+@pytest.mark.parametrize("actions", [np.full((2, 1), np.nan), np.zeros((2, 2)), np.zeros(2)])
+def test_bad_batches_of_actions_are_refused(actions):
+    simulation = workloads.get("cartpole").batch(2, 0)
+    simulation.reset([0, 1], [1, 2])
+    with pytest.raises(WorkloadError, match=r"cartpole: action .*1 finite values are needed"):
+        simulation.step(actions, np.ones(2, bool))
+    simulation.close()

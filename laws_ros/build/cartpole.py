@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from laws_ros.core.card import Channel
 from laws_ros.runtime.files import share_path
 
-from .workloads import Step, Workload, WorkloadSpec, vector_action
+from .mujoco_lanes import MujocoLanes, lanes_workload
+from .workloads import Parameter, Workload, WorkloadSpec
 
 SPEC = WorkloadSpec(
     name="cartpole",
@@ -25,6 +26,7 @@ SPEC = WorkloadSpec(
     discrete=False,
     period_s=0.01,
     episode_steps=1000,
+    tolerance=0.0168,  # laws calibrate --policy models/cartpole.onnx --workload cartpole: docs/adr/0009-workloads.md
 )
 NOISE = np.array([0.001, 0.002, 0.01, 0.015])  # standard deviations of the sensors, in the observation's units
 START = np.array([0.2, 0.05, 0.1, 0.1])  # an episode starts uniformly within +- this
@@ -42,68 +44,58 @@ def load_model() -> Any:
     return mujoco.MjModel.from_xml_path(str(share_path("sim/cartpole.xml")))
 
 
-class CartpoleSimulation:
-    """The command given with observation k acts during [k + 1, k + 2) periods, as it does over a ROS topic.
+class CartpoleLanes(MujocoLanes):
+    """The command given with observation k acts during [k + 1, k + 2) periods, as it does over a ROS topic."""
 
-    Attributes:
-        model, data: MuJoCo's, for pictures; only this class changes them.
-    """
+    def __init__(self, lanes: int, threads: int = 0) -> None:
+        model = load_model()
+        super().__init__(SPEC, model, lanes, threads, noise=len(NOISE), inputs=["xfrc_applied"])
+        self._bodies = [(model.body(name).id, force) for name, force in PUSH_N.items()]
+        self._pending = np.zeros((lanes, 1))
+        self._push_ends = np.zeros(lanes)
+        self._next_push = np.zeros(lanes)
 
-    def __init__(self) -> None:
-        import mujoco
+    def start(self, lane: int, rng: np.random.Generator) -> None:
+        start = rng.uniform(-START, START)
+        self.qpos[lane], self.qvel[lane] = start[:2], start[2:]
+        self._pending[lane] = 0.0
+        self._push_ends[lane] = 0.0
+        self._next_push[lane] = rng.exponential(1.0 / PUSHES_PER_S)
 
-        self._mujoco = mujoco
-        self.model = load_model()
-        self.data = mujoco.MjData(self.model)
-        self._substeps = round(SPEC.period_s / self.model.opt.timestep)
-        self._bodies = [(self.model.body(name).id, force) for name, force in PUSH_N.items()]
-
-    @property
-    def time(self) -> float:
-        """Simulated seconds since the reset."""
-        return float(self.data.time)
-
-    def reset(self, seed: int) -> NDArray[np.float32]:
-        # Two streams, so that the pushes of a seed do not depend on how many observations were drawn.
-        self._push_rng, self._sensor_rng = np.random.default_rng(seed).spawn(2)
-        self._mujoco.mj_resetData(self.model, self.data)
-        start = self._push_rng.uniform(-START, START)
-        self.data.qpos[:], self.data.qvel[:] = start[:2], start[2:]
-        self._pending = 0.0
-        self._push_ends = 0.0
-        self._next_push = self._push_rng.exponential(1.0 / PUSHES_PER_S)
-        return self._observe()
-
-    def step(self, action: Any) -> Step:
-        command = vector_action(SPEC, action)[0]
+    def act(self, actions: NDArray[np.float64]) -> None:
         self._push()
-        self.data.ctrl[0] = self._pending
-        self._mujoco.mj_step(self.model, self.data, nstep=self._substeps)
-        self._pending = command
-        position, angle = self.data.qpos
+        self.ctrl[:] = self._pending
+        self._pending[:] = actions
+
+    def judge(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        position, angle = self.qpos.T
         reward = 1.0 / (1.0 + (position / 0.5) ** 2 + (angle / 0.1) ** 2)
-        return Step(self._observe(), float(reward), bool(abs(position) > RAIL_END or abs(angle) > FALLEN))
+        return reward, (np.abs(position) > RAIL_END) | (np.abs(angle) > FALLEN)
 
-    def close(self) -> None:
-        pass
-
-    def _observe(self) -> NDArray[np.float32]:
-        noise = self._sensor_rng.normal(0.0, NOISE)
-        return (np.concatenate([self.data.qpos, self.data.qvel]) + noise).astype(np.float32)
+    def observe(self, noise: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.concatenate([self.qpos, self.qvel], axis=1) + NOISE * noise
 
     def _push(self) -> None:
         """Poisson-timed pulses on the cart or the pole; one that would overlap the last is put off to its end."""
-        now = self.data.time
-        if now >= self._push_ends:
-            self.data.xfrc_applied[:] = 0.0
-        if now >= max(self._next_push, self._push_ends):
-            body, force = self._bodies[self._push_rng.integers(len(self._bodies))]
-            self.data.xfrc_applied[body, 0] = self._push_rng.uniform(-force, force)
-            self._push_ends = now + PUSH_S
-            self._next_push = now + self._push_rng.exponential(1.0 / PUSHES_PER_S)
+        ended = self.time >= self._push_ends
+        self.xfrc[ended] = 0.0
+        for lane in np.flatnonzero(ended & (self.time >= self._next_push)):
+            rng, now = self.rng[lane], self.time[lane]
+            body, force = self._bodies[rng.integers(len(self._bodies))]
+            self.xfrc[lane, body, 0] = rng.uniform(-force, force)
+            self._push_ends[lane] = now + PUSH_S
+            self._next_push[lane] = now + rng.exponential(1.0 / PUSHES_PER_S)
 
 
-WORKLOAD = Workload(SPEC, CartpoleSimulation)
+PARAMETERS: dict[str, Parameter] = {}
+
+
+def workload() -> Workload:
+    """The cart-pole; it has no parameters."""
+    return lanes_workload(SPEC, CartpoleLanes)
+
+
+WORKLOAD = workload()
 
 
 # The teacher: u = -K x of the linear-quadratic regulator, except that the cart's predicted excursion (where it will be

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,10 @@ from laws_ros.core.errors import WorkloadError
 from laws_ros.runtime.cached_policy import CachedPolicy
 from laws_ros.runtime.policy import Policy
 
-from .workloads import Rollouts, Workload, episode_seed, rollouts
+from .parts import rollouts_in_parts
+from .workloads import Rollouts, Simulation, Step, Workload, episode_seed, rollouts
+
+BLOCKS = 50  # of time, about, into which a recording is cut; a fifth of them is held out
 
 
 def check_fit(policy: Policy, workload: Workload) -> None:
@@ -44,25 +48,102 @@ def check_fit(policy: Policy, workload: Workload) -> None:
                 )
 
 
-def policy_rollouts(policy: Policy, workload: Workload, episodes: int, seed: int, lanes: int = 128) -> Rollouts:
-    """Episodes driven by the full policy."""
-    return rollouts(workload, lambda x: policy.decide(policy.batch(x)), episodes, seed, lanes)
+def policy_rollouts(
+    policy: Policy,
+    workload: Workload,
+    episodes: int,
+    seed: int,
+    *,
+    parts: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, steps: None,
+) -> Rollouts:
+    """Episodes driven by the full policy; with a folder for `parts`, they can be interrupted and shared."""
+
+    def decide(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return policy.decide(policy.batch(x))
+
+    if parts is None:
+        return rollouts(workload, decide, episodes, seed, progress=progress)
+    identity = f"{policy.sha256} {policy.card.digest}"
+    return rollouts_in_parts(workload, decide, episodes, seed, parts, identity, progress=progress)
 
 
-def visited(policy: Policy, workload: Workload, steps: int, seed: int) -> Rollouts:
+def observed(
+    policy: Policy,
+    workload: Workload,
+    steps: int,
+    seeds: tuple[int, int],
+    *,
+    parts: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, steps: None,
+) -> tuple[Rollouts, Rollouts]:
+    """What to learn from, and what to test on: whole episodes with at least `steps` observations, and a fifth as many.
+
+    Of a recorded bag everything is taken, whatever `steps`: a fifth of its blocks of time is held out, its actions are
+    what the policy would have done, and it has no rewards.
+
+    Args:
+        seeds: of the episodes to learn from and of those held out.
+    """
+    if workload.recorded is None:
+        learnt, held = (
+            _visited(policy, workload, wanted, seed, parts, progress)
+            for wanted, seed in zip((steps, math.ceil(steps / 5)), seeds, strict=True)
+        )
+        return learnt, held
+    size = sum(len(stretch) for stretch in workload.recorded) / BLOCKS
+    blocks = [b for stretch in workload.recorded for b in np.array_split(stretch, math.ceil(len(stretch) / size))]
+    held_out = np.random.default_rng(0).permutation(len(blocks))[: len(blocks) // 5]
+    answers = [policy.decide(policy.batch(block)) for block in blocks]
+    every = Rollouts(blocks, answers, [np.full(len(block), np.nan) for block in blocks])
+    return every.chosen([k for k in range(len(blocks)) if k not in held_out]), every.chosen(held_out.tolist())
+
+
+def _visited(
+    policy: Policy,
+    workload: Workload,
+    steps: int,
+    seed: int,
+    parts: Path | None,
+    progress: Callable[[int, int], None],
+) -> Rollouts:
     """At least `steps` observations' worth of whole episodes, more of them where episodes end early."""
     episodes = math.ceil(steps / workload.spec.episode_steps)
     while True:
-        found = policy_rollouts(policy, workload, episodes, seed)
+        found = policy_rollouts(policy, workload, episodes, seed, parts=parts, progress=progress)
         total = sum(len(x) for x in found.observations)
         if total >= steps:
             return found
         episodes = math.ceil(1.1 * episodes * steps / total)
 
 
+class _Replay:
+    """A recorded bag as a simulation that nobody drives: one stretch after the other, whatever the action."""
+
+    time = math.nan
+
+    def __init__(self, stretches: tuple[NDArray[np.float32], ...]) -> None:
+        self._stretches = iter(stretches)
+
+    def reset(self, seed: int) -> NDArray[np.float32]:
+        self._rest = iter(next(self._stretches))
+        return self.step(None).observation
+
+    def step(self, action: object) -> Step:
+        following = next(self._rest, None)
+        return Step(np.zeros(0, np.float32) if following is None else following, math.nan, following is None)
+
+    def close(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """Closed-loop figures; times in microseconds; `worst_error_over_bound` must not exceed 1."""
+    """Closed-loop figures; times in microseconds; `worst_error_over_bound` (formal answers) must not exceed 1.
+
+    `violations` are formal answers beyond their bound; `exceedances` statistical ones, which may be, now and then.
+    Of a recorded bag the returns are NaN.
+    """
 
     steps: int
     hit_rate: float
@@ -70,6 +151,8 @@ class Evaluation:
     return_policy: float
     worst_error_over_bound: float
     violations: int
+    statistical_hits: int
+    exceedances: int
     hit_us: dict[str, float]
     policy_us: dict[str, float]
     mean_step_us: float
@@ -86,14 +169,17 @@ def evaluate(
     """Run the cached policy and the policy alone on the same seeded episodes.
 
     Every answer of the library is compared afterwards with the policy at the same observation. The policy alone is
-    timed call by call on observations of the cached run, interleaved with it, so both meet the same machine.
+    timed call by call on observations of the cached run, interleaved with it, so both meet the same machine. A recorded
+    bag is replayed instead, as many stretches of it as episodes are asked for; nobody drives it and nothing is earned.
     """
     policy, discrete = cached.policy, workload.spec.discrete
-    observations, answers, regions, bounds, returns = [], [], [], [], []
+    observations, answers, regions, bounds, tested, returns = [], [], [], [], [], []
     hit_ns: list[int] = []
     miss_ns: list[int] = []
     policy_ns: list[int] = []
-    simulation = workload.simulation()
+    recorded = workload.recorded
+    simulation: Simulation = workload.simulation() if recorded is None else _Replay(recorded)
+    episodes = episodes if recorded is None else min(episodes, len(recorded))
     for episode in range(episodes):
         x = simulation.reset(episode_seed(seed, episode))
         total = 0.0
@@ -110,6 +196,7 @@ def evaluate(
             answers.append(answer.action)
             regions.append(answer.region)
             bounds.append(answer.bound)
+            tested.append(answer.kind == "statistical")
             x, reward, terminated = simulation.step(int(answer.action[0]) if discrete else answer.action)
             total += reward
             if terminated:
@@ -122,18 +209,23 @@ def evaluate(
         policy.decide(policy.batch(np.array(observations))).astype(float) - np.array(answers, dtype=np.float64)
     )[hit]
     bound = np.array(bounds)[hit]
+    beyond, statistical = ~(error <= bound).all(axis=1), np.array(tested)[hit]
     with np.errstate(all="ignore"):
-        ratio = np.where(error == 0.0, 0.0, error / bound)
-    progress(f"{episodes} episodes of the policy alone")
-    alone = policy_rollouts(policy, workload, episodes, seed)
+        ratio = np.where(error == 0.0, 0.0, error / bound)[~statistical]
+    alone = math.nan
+    if recorded is None:
+        progress(f"{episodes} episodes of the policy alone")
+        alone = float(policy_rollouts(policy, workload, episodes, seed).returns.mean())
     step_ns = np.array(hit_ns + miss_ns, float)
     return Evaluation(
         steps=len(regions),
         hit_rate=float(hit.mean()),
         return_cached=float(np.mean(returns)),
-        return_policy=float(alone.returns.mean()),
+        return_policy=alone,
         worst_error_over_bound=float(ratio.max(initial=0.0)),
-        violations=int((error > bound).any(axis=1).sum()) if len(error) else 0,
+        violations=int((beyond & ~statistical).sum()),
+        statistical_hits=int(statistical.sum()),
+        exceedances=int((beyond & statistical).sum()),
         hit_us=_percentiles(hit_ns),
         policy_us=_percentiles(policy_ns),
         mean_step_us=float(step_ns.mean() / 1e3),

@@ -1,9 +1,10 @@
 """Growing a library over the observations that a workload visits.
 
-Most-visited node first: a box in the principal axes of the node's observations is certified; where its bound, at the
-observations themselves, is within tolerance, it becomes an expert and is widened until its bound uses the tolerance up.
-Otherwise the node is split at the sensor along which the policy bends most (its largest second difference) and both
-halves try again.
+Most-visited node first. Its observations are set apart by which actions are at their limits, as a limit is a bend that
+no box should straddle. A box in the principal axes of each set, larger than it needs, is certified; where its bound, at
+the observations themselves, is small enough, it becomes an expert and is widened as far as it still answers them well.
+If it is not, a tight box is tried where it may do. What is left is split at the sensor along which the policy bends
+most (its largest second difference), and both halves try again. docs/adr/0007-arm-sort.md has what each of this buys.
 """
 
 from __future__ import annotations
@@ -29,8 +30,24 @@ Floats = NDArray[np.float64]
 
 BATCH = 64  # nodes certified together
 MARGIN = 1.05  # boxes are a little larger than the observations that made them
-WIDEN = (2.0, 1.5, 1.25)  # factors tried in turn on an accepted region, on all its axes together
-STRETCH = (2.0, 1.5)  # and then on one axis after the other
+LARGE = 64  # a node with fewer observations borrows a little of its last larger ancestor's covariance:
+PRIOR = 0.1  # as if it had this many observations more, and they that covariance
+SPREAD = 2.0  # and hold this many standard deviations of them along every axis: a few do not show the tails
+GENEROUS = 2.0  # the factor on all of this that is tried first
+HOPELESS = 6.0  # where a generous box's bound is typically this many tolerances, a tight one is not tried
+# An accepted region is widened on some of its axes after the others: on all but those across bends by what its bound
+# leaves room for (a share of it, at most MOST times); on the thinner half of these, along which the observations hardly
+# spread; across bends; and on every second, every other second, ... axis.
+ROOM, MOST = (1.0, 1.0, 0.5), 4.0
+THIN = (4.0, 2.0)
+ACROSS = (1.5, 1.25)
+HALVES = 1.5
+# Answers that use the tolerance up cost return, and lead the robot where nothing was learned: so a region that answers
+# MANY of its observations, or is widened, must do so within this share of the tolerance. Elsewhere all of it is used.
+CAREFUL, MANY = 0.5, 16
+PIECES = 8  # boxes tried at once in a node
+NEAR = 5.0  # a limit this many standard deviations of an action away gets an axis across it,
+MOST_BENDS = 4  # the nearest ones
 FEWEST = 3
 
 
@@ -38,6 +55,9 @@ FEWEST = 3
 class _Node:
     index: int  # in the trie
     points: NDArray[np.intp]  # observations that no region answers yet
+    # of its own observations, or those of its last large ancestor, in units of their spread:
+    around: Floats  # [d, d] covariance
+    slopes: Floats  # [d + 1, m] every action between its limits as an affine function; zero where it never reaches one
 
 
 @dataclass
@@ -97,6 +117,18 @@ def grow(
     return grower.run()
 
 
+def _scaled(regions: Regions, factors: Floats) -> Regions:
+    """The same boxes with half-widths times factors [B, n]."""
+    return Regions(regions.center, regions.transform / factors[:, :, None])
+
+
+def _replaced(certificates: Certificates, rows: NDArray[np.intp], others: Certificates) -> Certificates:
+    """The same certificates with others in some rows."""
+    order = np.arange(len(certificates))
+    order[rows] = len(certificates) + np.arange(len(rows))
+    return Certificates.join([certificates, others])[order]
+
+
 class _Grower:
     def __init__(
         self,
@@ -122,10 +154,14 @@ class _Grower:
         self.heap: list[tuple[int, int, _Node]] = []
         self.pushed = 0
         self.open = np.ones(len(self.x), dtype=bool)  # observations that no kept region answers
+        self.discrete = np.array(policy.card.context_indices, int)
+        self.free = np.setdiff1d(np.arange(self.x.shape[1]), self.discrete)
+        self.contexts = Trie.root()
+        self.sides = self._limits_reached()
 
     def run(self) -> Growth:
-        self._push(_Node(0, np.arange(len(self.x))))
         self._split_contexts()
+        self.contexts = self.splitter.trie()
         while self.tried < self.max_certificates and self._count() < self.max_regions and (nodes := self._next()):
             self._work(nodes)
             self.progress(
@@ -144,7 +180,7 @@ class _Grower:
             node = heapq.heappop(self.heap)[2]
             points = node.points[self.open[node.points]]
             if len(points):
-                nodes.append(_Node(node.index, points))
+                nodes.append(replace(node, points=points))
         return nodes
 
     def _push(self, node: _Node) -> None:
@@ -154,42 +190,113 @@ class _Grower:
 
     def _split_contexts(self) -> None:
         """One subtree per value of every discrete observation: the first symbols of every key."""
-        for axis in self.policy.card.context_indices:
-            todo, self.heap = [entry[2] for entry in self.heap], []
+        nodes = [_Node(0, np.arange(len(self.x)), np.zeros((0, 0)), np.zeros((len(self.free) + 1, len(self.sides[0]))))]
+        for axis in self.discrete:
+            todo, nodes = nodes, []
             for node in todo:
                 while len(values := np.unique(self.x[node.points, axis])) > 1:
-                    node, rest = self._halves(node, axis, 0.5 * (values[0] + values[1]))
-                    self._push(node)
-                    node = rest
-                self._push(node)
+                    low, node = self._halves(node, axis, 0.5 * (values[0] + values[1]))
+                    nodes.append(low)
+                nodes.append(node)
+        for node in nodes:
+            self._push(self._surveyed(node))
+
+    def _surveyed(self, node: _Node) -> _Node:
+        """The node with what is known about the observations around it, now its own."""
+        return replace(node, around=self._covariance(node.points), slopes=self._slopes(node))
+
+    def _covariance(self, points: NDArray[np.intp]) -> Floats:
+        x = self._relative(points)
+        return (x - x.mean(axis=0)).T @ (x - x.mean(axis=0)) / len(x)
 
     def _halves(self, node: _Node, axis: int, threshold: float) -> tuple[_Node, _Node]:
         low, high = self.splitter.split(node.index, axis, threshold)
         below = self.x[node.points, axis] < threshold
-        return _Node(low, node.points[below]), _Node(high, node.points[~below])
+        return (
+            replace(node, index=low, points=node.points[below]),
+            replace(node, index=high, points=node.points[~below]),
+        )
 
     def _work(self, nodes: list[_Node]) -> None:
-        regions = self._boxes(nodes)
-        certificates = self._certify(regions)
-        which = np.concatenate([np.full(len(node.points), k) for k, node in enumerate(nodes)])
-        hit = answered(
-            certificates, which, self.x[np.concatenate([n.points for n in nodes])], self.tolerance, self.decision
-        )
-        hits = np.split(hit, np.cumsum([len(n.points) for n in nodes])[:-1])
+        pieces = [replace(node, points=points) for node in nodes for points in self._pieces(node)]
+        points = [piece.points for piece in pieces]
+        certificates, hits, excess = self._attempt(self._boxes(pieces, generous=True), points)
+        again = np.flatnonzero([not h.all() and e < HOPELESS for h, e in zip(hits, excess, strict=True)])
+        if len(again):
+            tight, more, _ = self._attempt(self._boxes([pieces[k] for k in again], False), [points[k] for k in again])
+            better = [j for j, k in enumerate(again) if more[j].sum() > hits[k].sum()]
+            certificates = _replaced(certificates, again[better], tight[better])
+            for j in better:
+                hits[again[j]] = more[j]
         full = [k for k, h in enumerate(hits) if h.all()]
         # Half of a node's observations make a box worth keeping; what it leaves over gets boxes of its own.
         some = [k for k, h in enumerate(hits) if 0.5 <= h.mean() < 1.0 or (len(h) < FEWEST and 0.0 < h.mean() < 1.0)]
         if full:
-            self._keep(self._widened(certificates[full], regions[full], [nodes[k].points for k in full]))
+            self._keep(self._widened(certificates[full], [pieces[k] for k in full]))
         if some:
             self._keep(certificates[some])
-        left = [_Node(node.index, node.points[self.open[node.points]]) for node in nodes]
+        left = [replace(node, points=node.points[self.open[node.points]]) for node in nodes]
         self._split([node for node in left if len(node.points) >= FEWEST])
+
+    def _limits_reached(self) -> NDArray[np.int8]:
+        """[N, m]: -1, 0 or 1, as an action is at its lower limit, between, at its upper; of a decision, what it is."""
+        if self.decision != "none":
+            return self.y.astype(np.int8)
+        card = self.policy.card
+        low, high = (np.array([getattr(c, k) for c in card.actions], np.float32) for k in ("low", "high"))
+        return (self.y >= high).astype(np.int8) - (self.y <= low)
+
+    def _slopes(self, node: _Node) -> Floats:
+        """`_Node.slopes`, renewed for the actions that are at a limit for some of the node's observations only."""
+        slopes = node.slopes.copy()
+        if self.decision == "none":
+            x = np.column_stack([self._relative(node.points), np.ones(len(node.points))])
+            between = self.sides[node.points] == 0
+            for k in np.flatnonzero(~between.all(axis=0) & (between.sum(axis=0) > 2 * x.shape[1])):
+                slopes[:, k] = np.linalg.lstsq(x[between[:, k]], self.y[node.points][between[:, k], k], rcond=1e-9)[0]
+        return slopes
+
+    def _bends(self, node: _Node) -> Floats:
+        """[d, k] orthonormal directions across the planes near by at which actions reach their limits."""
+        card, slopes = self.policy.card, node.slopes
+        if self.decision != "none" or not slopes.any():
+            return np.zeros((len(self.free), 0))
+        limits = np.array([[c.low for c in card.actions], [c.high for c in card.actions]])
+        free = self._relative(node.points) @ slopes[:-1] + slopes[-1]
+        away = np.abs(free.mean(axis=0) - limits).min(axis=0) / np.maximum(free.std(axis=0), 1e-9)
+        near = [k for k in np.argsort(away, kind="stable") if slopes[:, k].any() and away[k] < NEAR]
+        return np.linalg.qr(slopes[:-1, near[:MOST_BENDS]])[0]
+
+    def _relative(self, points: NDArray[np.intp]) -> Floats:
+        """Observations [N, d] without what is discrete, in units of their spread."""
+        return self.x[points][:, self.free] / self.scale[self.free]
+
+    def _pieces(self, node: _Node) -> list[NDArray[np.intp]]:
+        """A node's observations, apart where different actions are at their limits: between lies a bend of the policy,
+        oblique to every sensor."""
+        of, counts = np.unique(self.sides[node.points], axis=0, return_inverse=True, return_counts=True)[1:]
+        return [node.points[of.reshape(-1) == k] for k in np.argsort(-counts, kind="stable")[:PIECES]]
+
+    def _attempt(
+        self, regions: Regions, points: list[NDArray[np.intp]], careful: bool = False
+    ) -> tuple[Certificates, list[NDArray[np.bool_]], Floats]:
+        """Certificates, which of its own observations each answers, and its worst bound, in tolerances, midway.
+
+        Where many are answered, and where a region is widened (`careful`), only a share of the tolerance is used.
+        """
+        certificates = self._certify(regions)
+        which = np.repeat(np.arange(len(points)), [len(p) for p in points])
+        share = np.array([CAREFUL if careful or len(p) >= MANY else 1.0 for p in points])[which, None]
+        hit = answered(certificates, which, self.x[np.concatenate(points)], share * self.tolerance, self.decision)
+        excess = np.zeros(len(points))
+        if self.decision == "none":
+            excess = (certificates.bound_offset / np.maximum(self.tolerance, 1e-300)).max(axis=1)
+        return certificates, np.split(hit, np.cumsum([len(p) for p in points])[:-1]), excess
 
     def _keep(self, certificates: Certificates) -> None:
         """Add experts, and close every observation that they answer, in whatever node it is."""
         self.kept.append(certificates)
-        trie = Trie.root().with_regions(certificates.regions, np.arange(len(certificates)))
+        trie = self.contexts.with_regions(certificates.regions, np.arange(len(certificates)))
         waiting = np.flatnonzero(self.open)
         found = Router(self._library(certificates, trie), self.tolerance).many(self.x[waiting])
         self.open[waiting[found >= 0]] = False
@@ -202,57 +309,73 @@ class _Grower:
         self.tried += len(regions)
         return certify(self.network, regions, self.decision, batch=BATCH)
 
-    def _boxes(self, nodes: list[_Node]) -> Regions:
-        n = self.x.shape[1]
+    def _boxes(self, nodes: list[_Node], generous: bool) -> Regions:
+        """Boxes around the observations of nodes, without extent in what is discrete.
+
+        Args:
+            generous: larger than they need, except across bends, where another law begins.
+        """
+        n, free = self.x.shape[1], self.free
+        d, fixed = len(free), len(self.discrete)
         center, axes, widths = np.zeros((len(nodes), n)), np.zeros((len(nodes), n, n)), np.zeros((len(nodes), n))
+        axes[:, self.discrete, range(fixed)] = 1.0  # first, as the router tests them first
         for k, node in enumerate(nodes):
-            points = self.x[node.points] / self.scale
+            center[k] = self.x[node.points[0]]
+            points = self._relative(node.points)
             mean = points.mean(axis=0)
-            # a few points do not show all axes; a little of the identity keeps the rest apart
-            covariance = (points - mean).T @ (points - mean) / len(points) + 1e-9 * np.eye(n)
-            vectors = self._axes(points - mean, self.y[node.points], covariance)
+            prior = PRIOR / (PRIOR + len(points))
+            covariance = (1 - prior) * self._covariance(node.points) + prior * node.around + 1e-9 * np.eye(d)
+            vectors, across = self._axes(self._bends(node), points - mean, self.y[node.points], covariance)
             along = (points - mean) @ vectors
             low, high = along.min(axis=0), along.max(axis=0)
-            center[k] = (mean + vectors @ (0.5 * (low + high))) * self.scale
-            axes[k] = self.scale[:, None] * vectors
-            # between sparse points lies more of the same: never thinner than their typical spacing
-            spacing = 0.5 * (high - low).max() / max(2.0, len(points) ** (1.0 / n))
-            widths[k] = np.maximum(MARGIN * 0.5 * (high - low), np.minimum(spacing, 0.5 * (high - low).max() * 0.2))
+            center[k, free] = (mean + vectors @ (0.5 * (low + high))) * self.scale[free]
+            axes[k][np.ix_(free, np.arange(fixed, n))] = self.scale[free, None] * vectors
+            deviation = np.sqrt(np.einsum("ij,ik,kj->j", vectors, covariance, vectors))
+            least = np.maximum(MARGIN * 0.5 * (high - low), 1e-6)
+            widths[k, fixed:] = (GENEROUS if generous else 1.0) * np.maximum(least, SPREAD * deviation)
+            widths[k, fixed : fixed + across] = least[:across]
         return Regions.from_axes(center, axes, widths)
 
-    def _axes(self, points: Floats, actions: Floats, covariance: Floats) -> Floats:
-        """One axis along which the action changes most (a limit that clips it is a plane across that axis), and the
-        principal axes of what is left."""
-        slope = np.linalg.lstsq(points, actions - actions.mean(axis=0), rcond=1e-6)[0]
-        direction = np.linalg.svd(slope)[0][:, :1] if np.abs(slope).max() > 1e-9 else np.zeros((len(covariance), 1))
-        rest = np.eye(len(covariance)) - direction @ direction.T
-        apart = 10.0 * (1.0 + np.trace(covariance)) * direction @ direction.T  # an eigenvalue of its own
-        vectors: Floats = np.linalg.eigh(rest @ covariance @ rest + apart)[1]
-        return vectors
+    def _axes(self, bends: Floats, points: Floats, actions: Floats, covariance: Floats) -> tuple[Floats, int]:
+        """First the axes across bends, or if there are none one along which the action changes most, then the principal
+        axes of what is left; and how many come first."""
+        first = bends
+        if not bends.shape[1]:
+            slope = np.linalg.lstsq(points, actions - actions.mean(axis=0), rcond=1e-6)[0]
+            first = np.linalg.svd(slope)[0][:, : int(np.abs(slope).max() > 1e-9)]
+        k = first.shape[1]
+        rest = np.eye(len(covariance)) - first @ first.T
+        return np.concatenate([first, np.linalg.eigh(rest @ covariance @ rest)[1][:, k:]], axis=1), k
 
-    def _widened(self, certificates: Certificates, regions: Regions, points: list[NDArray[np.intp]]) -> Certificates:
-        """Scale every region up as long as its bound is within tolerance everywhere in it.
-
-        A decision has borders, where no bound is enough: there its own observations must stay answered.
-        """
-        n = self.x.shape[1]
-        scale = np.ones((len(regions), n))
-        together = [np.full(n, factor) for factor in WIDEN]
-        single = [1.0 + axis * (factor - 1.0) for factor in STRETCH for axis in np.eye(n)]
-        for factors in [*together, *single]:
-            wider = Regions(regions.center, regions.transform / (scale * factors)[:, :, None])
-            tried = self._certify(wider)
-            if self.decision == "none":
-                better = np.all(tried.worst <= self.tolerance, axis=1)
-            else:
-                which = np.repeat(np.arange(len(points)), [len(p) for p in points])
-                hit = answered(tried, which, self.x[np.concatenate(points)], self.tolerance, self.decision)
-                better = np.bincount(which, weights=~hit, minlength=len(points)) == 0
-            certificates = Certificates.join([certificates[~better], tried[better]])
-            order = np.argsort(np.concatenate([np.flatnonzero(~better), np.flatnonzero(better)]))
-            certificates = certificates[order]
-            scale = np.where(better[:, None], scale * factors, scale)
+    def _widened(self, certificates: Certificates, pieces: list[_Node]) -> Certificates:
+        """Scale every region up as long as all of its own observations stay answered."""
+        points = [piece.points for piece in pieces]
+        axis, fixed = np.arange(self.x.shape[1]), len(self.discrete)
+        across = fixed + np.array([max(1, self._bends(piece).shape[1]) for piece in pieces])[:, None]
+        bends, others = (axis >= fixed) & (axis < across), axis >= across
+        edges = np.linalg.inv(certificates.transform)[:, self.free] / self.scale[self.free, None]
+        width = np.where(others, np.linalg.norm(edges, axis=1), np.inf)
+        thin = others & (width.argsort(axis=1).argsort(axis=1) < len(self.free) // 2)
+        steps = [(others, share, True) for share in ROOM]
+        steps += [(thin, factor, False) for factor in THIN] + [(bends, factor, False) for factor in ACROSS]
+        steps += [(others & (axis >> bit & 1 == side), HALVES, False) for bit in range(4) for side in (0, 1)]
+        for mask, factor, room in steps:
+            factors = np.where(mask, self._room(certificates, factor) if room else factor, 1.0)
+            which = np.flatnonzero((factors > 1.02).any(axis=1))
+            if len(which):
+                wider = _scaled(certificates.regions[which], factors[which])
+                tried, hits, _ = self._attempt(wider, [points[k] for k in which], careful=True)
+                better = np.array([h.all() for h in hits])
+                certificates = _replaced(certificates, which[better], tried[better])
         return certificates
+
+    def _room(self, certificates: Certificates, share: float) -> Floats:
+        """[B, 1]: the factor on a region's size that its bound leaves room for, or a share of it: bounds grow about as
+        the square of the size."""
+        if self.decision != "none":
+            return np.full((len(certificates), 1), 1.0 + share)
+        room = (self.tolerance / np.maximum(certificates.worst, 1e-300)).min(axis=1, keepdims=True)
+        return np.asarray(1.0 + share * (np.clip(0.95 * np.sqrt(room), 1.0, MOST) - 1.0))
 
     def _split(self, nodes: list[_Node]) -> None:
         if not nodes:
@@ -276,6 +399,8 @@ class _Grower:
                     continue
                 k = int(np.searchsorted(values_here, np.median(self.x[node.points, axis])))
                 k = min(max(k, 1), len(values_here) - 1)
+                if len(node.points) >= LARGE:
+                    node = self._surveyed(node)
                 for half in self._halves(node, int(axis), 0.5 * (values_here[k - 1] + values_here[k])):
                     self._push(half)
                 break
@@ -286,16 +411,7 @@ class _Grower:
         if self.kept:
             certificates = Certificates.join(self.kept)[: self.max_regions]
         else:
-            r = len(self.rows)
-            zero = np.zeros
-            certificates = Certificates(
-                zero((0, n)),
-                zero((0, n, n)),
-                zero((0, r, n), np.float32),
-                zero((0, r), np.float32),
-                zero((0, r, n)),
-                zero((0, r)),
-            )
+            certificates = Certificates.none(n, len(self.rows))
         library = self._library(certificates, trie.counted(self.x))
         # A region that others answer for is not worth its place; who answers is settled by routing all observations.
         found = self._visits(library.indexed(library.trie))[1]

@@ -50,11 +50,17 @@ def workload(name: str) -> Workload:
     return Workload(spec, partial(_GymSimulation, spec, env_id))
 
 
+def drawn(workload: Workload) -> Workload:
+    """The same, its simulations able to take a `picture`."""
+    spec = workload.spec
+    return Workload(spec, partial(_GymSimulation, spec, spec.name.partition(":")[2], render_mode="rgb_array"))
+
+
 class _GymSimulation:
-    def __init__(self, spec: WorkloadSpec, env_id: str) -> None:
+    def __init__(self, spec: WorkloadSpec, env_id: str, **options: Any) -> None:
         self._spec = spec
         # The time limit is the spec's; the simulation itself can run on.
-        self._env = _make(env_id, max_episode_steps=-1)
+        self._env = _make(env_id, max_episode_steps=-1, **options)
         self._steps = 0
 
     @property
@@ -73,6 +79,13 @@ class _GymSimulation:
 
     def close(self) -> None:
         self._env.close()
+
+    def picture(self) -> Any:
+        """RGB [height, width, 3], of a `drawn` workload."""
+        found = self._env.render()
+        if found is None:
+            raise WorkloadError(f"{self._spec.name}: the environment draws no pictures (no render mode rgb_array)")
+        return found
 
     def _command(self, action: Any) -> Any:
         space = self._env.action_space

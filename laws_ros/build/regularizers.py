@@ -38,7 +38,8 @@ def certified_gap(net: nn.Sequential, centers: Tensor, generators: Tensor) -> Ga
 
     Args:
         net: Linear, ReLU, Linear, ..., Linear.
-        centers: [B, n]. generators: [B, n, n], one column per edge of the box (a half-edge).
+        centers: [B, n]. generators: [B, n, d], one column per edge of the box (a half-edge); d <= n, as what is
+            discrete in an observation has no extent.
 
     Returns:
         Gap, differentiable in the network's parameters (the count of active terms in the rounding counts as constant).
@@ -48,10 +49,11 @@ def certified_gap(net: nn.Sequential, centers: Tensor, generators: Tensor) -> Ga
     """
     linears = [layer for layer in net if isinstance(layer, nn.Linear)]
     pattern = [nn.Linear, nn.ReLU] * len(net)
-    if len(net) % 2 == 0 or [type(layer) for layer in net] != pattern[: len(net)]:
+    if len(net) % 2 == 0 or not all(map(isinstance, net, pattern)):
         raise TypeError(f"certified_gap needs Linear, ReLU, Linear, ..., Linear, found {net}")
     count, inputs = centers.shape
-    middle = torch.cat([generators.permute(1, 0, 2), centers.T[:, :, None]], dim=2)  # [n, B, inputs + 1]
+    columns = generators.shape[2] + 1
+    middle = torch.cat([generators.permute(1, 0, 2), centers.T[:, :, None]], dim=2)  # [n, B, columns]
     half = torch.zeros_like(centers.T)  # [n, B] what the affine form may be off by
     peak = middle.abs().sum(2)
     terms = torch.full((count,), float(inputs))
@@ -61,7 +63,7 @@ def certified_gap(net: nn.Sequential, centers: Tensor, generators: Tensor) -> Ga
         weight, bias = layer.weight, layer.bias
         magnitude = weight.abs() @ torch.cat([half, peak], dim=1)
         half, spread = magnitude[:, :count], magnitude[:, count:] + bias.abs()[:, None]
-        middle = (weight @ middle.reshape(middle.shape[0], -1)).reshape(-1, count, inputs + 1)
+        middle = (weight @ middle.reshape(middle.shape[0], -1)).reshape(-1, count, columns)
         middle = torch.cat([middle[..., :-1], middle[..., -1:] + bias[:, None, None]], dim=2)
         rounding = UNIT32 * (terms + EXECUTION_TERMS) * spread
         if layer is linears[-1]:
@@ -90,12 +92,54 @@ def certified_gap(net: nn.Sequential, centers: Tensor, generators: Tensor) -> Ga
     return Gap(relaxation, executed)
 
 
-def random_boxes(points: Tensor, axes: Tensor, half_width: float, generator: torch.Generator) -> Tensor:
-    """Generators [B, n, n] of random boxes around points [B, n].
+def random_boxes(axes: Tensor, half_width: float, generator: torch.Generator) -> Tensor:
+    """Generators [B, n, d] of random boxes.
 
     Args:
-        axes: [n, n], one scaled axis per column, such as the data's principal axes times their standard deviations.
+        axes: [B, n, d], one scaled axis per column, such as the principal axes of the data around the box's centre
+            times their standard deviations.
         half_width: every edge's half-width is drawn uniformly from 0 to this many axis lengths.
     """
-    edges = torch.rand(points.shape, generator=generator) * half_width
+    edges = torch.rand((len(axes), axes.shape[2]), generator=generator) * half_width
     return axes * edges[:, None, :]
+
+
+class Cacheability:
+    """The penalty for any training loop: `loss = loss + penalty(net, x)` in every step.
+
+    docs/cacheable-training.md shows it at work. Weights are for outputs in units of half an action's range.
+    """
+
+    def __init__(
+        self,
+        data: Tensor,
+        *,
+        half_width: float = 1.0,
+        relaxation: float = 0.1,
+        rounding: float = 1.0,
+        boxes: int = 16,
+        every: int = 2,
+        seed: int = 0,
+    ) -> None:
+        """Args:
+        data: [N, n] inputs of the network where it will be used, as it sees them (normalised).
+        half_width: largest half-width of a box along the data's principal axes, in standard deviations.
+        relaxation, rounding: weights of the two parts of the certified gap.
+        boxes, every: boxes per penalised step, and how often one comes.
+        """
+        variances, axes = torch.linalg.eigh(torch.cov(data.T))
+        self._axes = axes * variances.clamp(min=0.0).sqrt()
+        self._half_width, self._boxes, self._every = half_width, boxes, every
+        self._weights = relaxation, rounding
+        self._random = torch.Generator().manual_seed(seed)
+        self._step = -1
+
+    def __call__(self, net: nn.Sequential, x: Tensor) -> Tensor:
+        """The weighted gap of boxes around the first rows of a batch [B, n] of inputs; zero in the steps between."""
+        self._step += 1
+        if self._step % self._every:
+            return x.new_zeros(())
+        centers = x[: self._boxes]
+        boxes = random_boxes(self._axes.expand(len(centers), -1, -1), self._half_width, self._random)
+        gap = certified_gap(net, centers, boxes)
+        return self._weights[0] * gap.relaxation.mean() + self._weights[1] * gap.rounding.mean()

@@ -1,19 +1,25 @@
-"""Trying to break a library: re-check every certificate, sample, and attack, against the programs that really run."""
+"""Trying to break a library: re-check every certificate, sample, and attack, against the programs that really run.
+
+Formal certificates are proved again by the checker, then sampled and attacked anywhere in their regions. Statistical
+ones say nothing about single observations: their arithmetic is done again, and fresh episodes, if given, are counted.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from laws_ros.core.certificate import Certificates, decision_rows
+from laws_ros.core.certificate import COLLAPSED, FORMAL, KINDS, Certificates, decision_rows
 from laws_ros.core.checker import Checker
 from laws_ros.core.library import Library
 from laws_ros.core.network import Network
-from laws_ros.runtime.experts import experts_model
-from laws_ros.runtime.policy import Policy, session
+from laws_ros.core.statistical import Evidence, refuted
+from laws_ros.runtime.experts import Experts
+from laws_ros.runtime.policy import Policy
 
 Floats = NDArray[np.float64]
 
@@ -27,19 +33,45 @@ class Findings:
     """What verification saw.
 
     Attributes:
-        rechecked: certificates proved again by the checker; unknown: those it could not prove.
-        samples, attacks: observations tried; violations: how many of them broke a bound.
+        verdicts: per certificate "holds", "violated" or "unknown", which never counts as holding.
+        samples, attacks: observations tried in regions of formal kinds; violations: how many of them broke a bound.
         first: a description of the first violation.
         ratio: [E] certified bound at its largest over the worst error seen, per certificate; NaN where none was seen.
+        fresh, exceedances: fresh observations in statistical regions, and how many of them exceeded their bound.
     """
 
-    rechecked: int
-    unknown: int
-    samples: int
-    attacks: int
-    violations: int
-    first: str | None
+    verdicts: list[str]
     ratio: Floats
+    kinds: list[str]
+    samples: int = 0
+    attacks: int = 0
+    violations: int = 0
+    first: str | None = None
+    fresh: int = 0
+    exceedances: int = 0
+
+    @property
+    def rechecked(self) -> int:
+        return self.verdicts.count("holds")
+
+    @property
+    def unknown(self) -> int:
+        return self.verdicts.count("unknown")
+
+    @property
+    def good(self) -> bool:
+        """Every certificate was shown to hold and nothing was seen that contradicts one."""
+        return self.rechecked == len(self.verdicts) and self.violations == 0
+
+    @property
+    def by_kind(self) -> dict[str, dict[str, int]]:
+        """Verdicts counted per kind."""
+        count = Counter(zip(self.kinds, self.verdicts, strict=True))
+        return {
+            kind: {verdict: count[kind, verdict] for verdict in ("holds", "violated", "unknown")}
+            for kind in KINDS
+            if kind in self.kinds
+        }
 
 
 class Executed:
@@ -48,96 +80,189 @@ class Executed:
     def __init__(self, policy: Policy, certificates: Certificates) -> None:
         self.policy, self.certificates = policy, certificates
         self.rows = decision_rows(policy.actions, policy.card.decision)
-        self._experts = session(experts_model(certificates).SerializeToString(), "experts", threads=2)
+        self._experts = Experts(certificates, policy)
 
-    def compare(self, index: NDArray[np.intp], x: NDArray[np.float32]) -> tuple[NDArray[np.bool_], Floats, Floats]:
+    def compare(
+        self, index: NDArray[np.intp], x: NDArray[np.float32], delivered: bool = False
+    ) -> tuple[NDArray[np.bool_], Floats, Floats]:
         """Query k against certificate index[k].
 
+        Args:
+            delivered: cut continuous actions to the card's limits first, as they reach the robot.
+
         Returns:
-            inside [N]; |policy - expert| [N, r] as executed; the certified bound [N, r] as the router computes it.
+            inside [N]; |policy - expert| [N, r] as executed, zero outside; the certified bound [N, r] as the router
+            computes it.
         """
         inside, _, bound = self.certificates.at(index, x)
-        extended = np.concatenate([x, np.ones((len(x), 1), np.float32)], axis=1)[:, :, None]
-        value = self._experts.run(["action"], {"index": index.astype(np.int64), "observation": extended})[0]
-        policy = self.policy.batch(x).astype(float) @ self.rows.T
-        return inside, np.abs(policy - value[:, :, 0].astype(float)), bound
+        value, policy = self._experts.many(index[inside], x[inside]), self.policy.batch(x[inside])
+        if delivered and self.policy.card.decision == "none":
+            value, policy = self.policy.decide(value), self.policy.decide(policy)
+        error = np.zeros(bound.shape)
+        error[inside] = np.abs(policy.astype(float) @ self.rows.T - value.astype(float))
+        return inside, error, bound
 
 
 def verify(
     library: Library,
     policy: Policy,
-    network: Network,
+    network: Network | None,
     samples: int,
     attack: bool,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
+    fresh: NDArray[np.float32] | None = None,
+    recheck: bool = True,
 ) -> Findings:
-    """Re-check, sample and (if asked) attack every certificate of a library.
+    """Re-check every certificate of a library; sample and (if asked) attack those of formal kinds.
 
     Args:
+        network: the policy's; needed for formal kinds only.
         samples: observations, spread over all regions: half of them uniform, half near corners.
         attack: also climb the error by projected gradient, from several starts in every region.
+        fresh: observations [N, n] of episodes that the library has not seen, for statistical kinds.
+        recheck: False leaves the checker out; what is not violated is then unknown.
     """
     certificates = library.certificates
-    checker = Checker(network, library.card.decision)
-    rechecked = 0
-    for k in range(len(library)):
-        rechecked += checker.verdict(certificates, k) == "holds"
-        if k % 16 == 0:
-            progress(f"re-checked {k + 1} of {len(library)} certificates")
-    findings = Findings(rechecked, len(library) - rechecked, 0, 0, 0, None, np.full(len(library), np.nan))
+    kinds = [KINDS[code] for code in certificates.kind]
+    findings = Findings(["unknown"] * len(library), np.full(len(library), np.nan), kinds)
     if len(library) == 0:
         return findings
+    formal = np.flatnonzero(certificates.among(FORMAL))
     executed = Executed(policy, certificates)
-    worst = np.zeros(certificates.bound_offset.shape)
-    rng = np.random.default_rng(seed)
-    inverse = np.linalg.inv(certificates.transform)
-    n = network.inputs
-
-    def place(index: NDArray[np.intp], xi: Floats) -> NDArray[np.float32]:
-        return (certificates.center[index] + np.einsum("nij,nj->ni", inverse[index], xi)).astype(np.float32)
-
-    def judge(index: NDArray[np.intp], x: NDArray[np.float32]) -> int:
-        inside, error, bound = executed.compare(index, x)
-        np.maximum.at(worst, index[inside], error[inside])
-        broken = inside & (error > bound).any(axis=1)
-        findings.violations += int(broken.sum())
-        if findings.first is None and broken.any():
-            k = int(np.argmax(broken))
-            findings.first = (
-                f"region {library.ids[index[k]]}: at observation {x[k].tolist()} the error is {error[k].tolist()}, "
-                f"certified was {bound[k].tolist()}"
-            )
-        return int(inside.sum())
-
-    tries = 0
-    while findings.samples < samples and tries < 4 * samples + CHUNK:  # rounding to float32 throws some out of a region
-        index = (np.arange(tries, tries + min(CHUNK, samples - findings.samples)) % len(library)).astype(np.intp)
-        tries += len(index)
-        xi = rng.uniform(-1.0, 1.0, (len(index), n))
-        corner = rng.random(len(index)) < 0.5
-        xi[corner] = np.sign(xi[corner]) * (1.0 - 1e-6)
-        findings.samples += judge(index, place(index, xi))
-        progress(f"sampled {findings.samples} observations, {findings.violations} violations")
-    if attack:
-        everyone = np.arange(len(library), dtype=np.intp)
-        for _ in range(RESTARTS):
-            for start in range(0, len(library), 512):
-                index = everyone[start : start + 512]
-                for sign in (1.0, -1.0):
-                    xi = rng.uniform(-1.0, 1.0, (len(index), n))
-                    row = rng.integers(len(executed.rows), size=len(index))
-                    for step in range(STEPS):
-                        x = place(index, xi)
-                        # ascend sign * (policy - expert) - bound, along its gradient in the region's own axes
-                        grad_x = network.gradient(x.astype(float), executed.rows[row])
-                        grad_x = grad_x - certificates.expert_weight[index, row]
-                        slope = sign * np.einsum("nij,ni->nj", inverse[index], grad_x)
-                        slope = slope - certificates.bound_weight[index, row]
-                        xi = np.clip(xi + np.sign(slope) * 2.0 / (step + 2), -1.0 + 1e-6, 1.0 - 1e-6)
-                    findings.attacks += judge(index, place(index, xi))
-                progress(f"attacked {findings.attacks} times, {findings.violations} violations")
-    with np.errstate(all="ignore"):
-        ratio = certificates.worst / worst
-    findings.ratio = np.where(worst.max(axis=1) > 0, np.where(worst > 0, ratio, np.inf).min(axis=1), np.nan)
+    if len(formal) and network is not None:
+        if recheck:
+            _recheck(findings, certificates, formal, network, library.card.decision, progress)
+        hunt = _Hunt(findings, library, executed, network, formal, np.random.default_rng(seed), progress)
+        hunt.sample(samples)
+        if attack:
+            hunt.attack()
+        hunt.conclude()
+    for k in np.flatnonzero(certificates.among(["statistical"])).tolist():
+        evidence = Evidence.read(certificates.octets.row(k))
+        findings.verdicts[k] = "holds" if evidence.holds else "unknown"
+        if fresh is not None and len(fresh):
+            inside, error, bound = executed.compare(np.full(len(fresh), k), fresh, delivered=True)
+            count, exceeded = int(inside.sum()), int((inside & ~(error <= bound).all(axis=1)).sum())
+            findings.fresh += count
+            findings.exceedances += exceeded
+            if refuted(exceeded, count, evidence.delta, evidence.beta):
+                findings.verdicts[k] = "violated"
+                findings.first = findings.first or (
+                    f"region {library.ids[k]}: {exceeded} of {count} fresh observations exceed its bound, "
+                    f"at most {100 * evidence.delta:g}% was claimed"
+                )
     return findings
+
+
+def _recheck(
+    findings: Findings,
+    certificates: Certificates,
+    formal: NDArray[np.intp],
+    network: Network,
+    decision: str,
+    progress: Callable[[str], None],
+) -> None:
+    checker = Checker(network, decision)
+    for done, k in enumerate(formal.tolist()):
+        if findings.kinds[k] in COLLAPSED:
+            from laws_ros.core.collapse_checker import verdict
+
+            findings.verdicts[k] = verdict(checker, certificates, k)
+        else:
+            findings.verdicts[k] = checker.verdict(certificates, k)
+        if done % 16 == 0:
+            progress(f"re-checked {done + 1} of {len(formal)} certificates")
+
+
+@dataclass
+class _Hunt:
+    """The search for an observation that breaks a bound."""
+
+    findings: Findings
+    library: Library
+    executed: Executed
+    network: Network
+    formal: NDArray[np.intp]
+    rng: np.random.Generator
+    progress: Callable[[str], None]
+    inverse: Floats = field(init=False)
+    worst: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.inverse = np.asarray(np.linalg.inv(self.library.certificates.transform), float)
+        self.worst = np.zeros(self.library.certificates.bound_offset.shape)
+
+    def _place(self, index: NDArray[np.intp], xi: Floats) -> NDArray[np.float32]:
+        moved = np.einsum("nij,nj->ni", self.inverse[index], xi)
+        return np.asarray(self.library.certificates.center[index] + moved, np.float32)
+
+    def _judge(self, index: NDArray[np.intp], x: NDArray[np.float32]) -> tuple[int, Floats]:
+        """How many of the observations were inside, and by how much every error falls short of its bound."""
+        inside, error, bound = self.executed.compare(index, x)
+        np.maximum.at(self.worst, index[inside], error[inside])
+        broken = inside & ~(error <= bound).all(axis=1)
+        self.findings.violations += int(broken.sum())
+        for k in np.unique(index[broken]).tolist():
+            self.findings.verdicts[k] = "violated"
+        if self.findings.first is None and broken.any():
+            k = int(np.argmax(broken))
+            self.findings.first = (
+                f"region {self.library.ids[index[k]]}: at observation {x[k].tolist()} the error is "
+                f"{error[k].tolist()}, certified was {bound[k].tolist()}"
+            )
+        return int(inside.sum()), np.where(inside[:, None], error - bound, -np.inf)
+
+    def sample(self, samples: int) -> None:
+        findings, tries = self.findings, 0
+        while findings.samples < samples and tries < 4 * samples + CHUNK:  # rounding throws some out of their region
+            count = min(CHUNK, samples - findings.samples)
+            index = self.formal[np.arange(tries, tries + count) % len(self.formal)]
+            tries += count
+            xi = self.rng.uniform(-1.0, 1.0, (count, self.network.inputs))
+            corner = self.rng.random(count) < 0.5
+            xi[corner] = np.sign(xi[corner]) * (1.0 - 1e-6)
+            findings.samples += self._judge(index, self._place(index, xi))[0]
+            self.progress(f"sampled {findings.samples} observations, {findings.violations} violations")
+
+    def attack(self) -> None:
+        collapsed = self.library.certificates.among(COLLAPSED)
+        for _ in range(RESTARTS):
+            for start in range(0, len(self.formal), 512):
+                index = self.formal[start : start + 512]
+                for climb, here in (
+                    (self._gradient, index[~collapsed[index]]),
+                    (self._random, index[collapsed[index]]),
+                ):
+                    for sign in (1.0, -1.0) if len(here) else ():
+                        xi = self.rng.uniform(-1.0, 1.0, (len(here), self.network.inputs))
+                        self.findings.attacks += self._judge(here, self._place(here, climb(here, xi, sign)))[0]
+                self.progress(f"attacked {self.findings.attacks} times, {self.findings.violations} violations")
+
+    def _gradient(self, index: NDArray[np.intp], xi: Floats, sign: float) -> Floats:
+        """Ascend sign * (policy - affine expert) - bound of a random row, along its gradient in the region's axes."""
+        c, rows = self.library.certificates, self.executed.rows
+        row = self.rng.integers(len(rows), size=len(index))
+        for step in range(STEPS):
+            x = self._place(index, xi)
+            grad_x = self.network.gradient(x.astype(float), rows[row]) - c.expert_weight[index, row]
+            slope = sign * np.einsum("nij,ni->nj", self.inverse[index], grad_x) - c.bound_weight[index, row]
+            xi = np.clip(xi + np.sign(slope) * 2.0 / (step + 2), -1.0 + 1e-6, 1.0 - 1e-6)
+        return xi
+
+    def _random(self, index: NDArray[np.intp], xi: Floats, sign: float) -> Floats:
+        """Random steps, kept where the error of the worst row grows: for experts whose gradient is not at hand."""
+        best = self._judge(index, self._place(index, xi))[1].max(axis=1)
+        for step in range(STEPS):
+            move = self.rng.choice([-1.0, 0.0, 1.0], xi.shape) * 2.0 / (step + 2)
+            tried = np.clip(xi + move, -1.0 + 1e-6, 1.0 - 1e-6)
+            height = self._judge(index, self._place(index, tried))[1].max(axis=1)
+            xi = np.where((height > best)[:, None], tried, xi)
+            best = np.maximum(best, height)
+        return xi
+
+    def conclude(self) -> None:
+        worst = self.worst
+        with np.errstate(all="ignore"):
+            ratio = self.library.certificates.worst / worst
+        self.findings.ratio = np.where(worst.max(axis=1) > 0, np.where(worst > 0, ratio, np.inf).min(axis=1), np.nan)

@@ -1,16 +1,20 @@
-"""What a policy is run on: a registry of simulated workloads, and rollouts on many copies of one at once.
+"""What a policy is run on: a registry of workloads, and rollouts on many copies of one at once.
 
-A workload is a name of its own ("cartpole") or `gym:ENV_ID` for a Gymnasium environment. Simulators are imported when
-a workload is asked for, so listing the names needs none of them.
+A workload is a name of its own, some with parameters ("cartpole", "arm_sort?zipf=1.5"), `gym:ENV_ID` for a Gymnasium
+environment, or the path of a recorded bag, which can be learned from but not driven. Simulators are imported when a
+workload is asked for, so listing the names needs none of them.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +22,60 @@ from numpy.typing import NDArray
 from laws_ros.core.card import Channel
 from laws_ros.core.errors import WorkloadError
 
-# name -> (module with a WORKLOAD, what it imports, one line of description)
+if TYPE_CHECKING:
+    from laws_ros.runtime.policy import Policy
+
+# name -> (module with PARAMETERS and workload(**parameters), what it imports, one line of description)
 _OWN = {
     "cartpole": (
         "laws_ros.build.cartpole",
         "mujoco",
         "MuJoCo cart-pole: balance under random pushes, sensor noise and one period of delay, 100 Hz, force in N",
-    )
+    ),
+    "arm_sort": (
+        "laws_ros.build.arm_sort",
+        "mujoco",
+        "MuJoCo 7-joint arm with gripper: parts from a pick station into six bins drawn by a Zipf law, 50 Hz",
+    ),
+    "quadruped_walk": (
+        "laws_ros.build.quadruped_walk",
+        "mujoco",
+        "MuJoCo quadruped of 12 kg: trots as commanded over flat and rough ground, pushed now and then, 50 Hz",
+    ),
 }
 _GYM = "gym:"
+_BAG_SUFFIXES = (".mcap", ".db3")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One knob of a workload, as in "arm_sort?zipf=1.5": a number from low to high, one of `choices`, or any text."""
+
+    default: float | str
+    about: str
+    low: float = 0.0
+    high: float = 0.0
+    choices: tuple[str, ...] = ()
+
+    def read(self, text: str, where: str) -> float | str:
+        """The value that a user wrote.
+
+        Raises:
+            WorkloadError: no number, out of range, or none of the choices.
+        """
+        if self.choices:
+            if text not in self.choices:
+                raise WorkloadError(f"{where}: {text!r} is none of {', '.join(self.choices)}")
+            return text
+        if isinstance(self.default, str):
+            return text
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not self.low <= value <= self.high:
+            raise WorkloadError(f"{where}: {text!r} is no number from {self.low:g} to {self.high:g}")
+        return value
 
 
 class Step(NamedTuple):
@@ -46,6 +95,8 @@ class WorkloadSpec:
         discrete: `Simulation.step` takes the index of an alternative instead of an action vector.
         period_s: one control step.
         episode_steps: an episode is cut off after this many.
+        context: names of observations that are discrete (task, station, mode), as on a card.
+        tolerance: error that the task stands, as a share of each action's range, from `laws calibrate`.
     """
 
     name: str
@@ -54,6 +105,8 @@ class WorkloadSpec:
     discrete: bool
     period_s: float
     episode_steps: int
+    context: tuple[str, ...] = ()
+    tolerance: float | None = None
 
 
 class Simulation(Protocol):
@@ -76,25 +129,68 @@ class Simulation(Protocol):
     def close(self) -> None: ...
 
 
+class BatchStep(NamedTuple):
+    """One control period of all lanes: observations float32[lanes, n], rewards float64[lanes], terminated [lanes]."""
+
+    observations: NDArray[np.float32]
+    rewards: NDArray[np.float64]
+    terminated: NDArray[np.bool_]
+
+
+class BatchSimulation(Protocol):
+    """Many running copies of a workload, the lanes, moved together; each as a Simulation with the same seed would."""
+
+    def reset(self, lanes: Sequence[int], seeds: Sequence[int]) -> NDArray[np.float32]:
+        """Start episodes on some lanes; returns their first observations float32[len(lanes), n]."""
+
+    def step(self, actions: NDArray[Any], running: NDArray[np.bool_]) -> BatchStep:
+        """Advance the lanes that are running by one period; what the others' rows hold means nothing.
+
+        Args:
+            actions: [lanes, m], or indices [lanes, 1] for a discrete workload.
+        """
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Workload:
-    """A spec and a factory of fresh simulations."""
+    """A spec and a factory of fresh simulations.
+
+    Attributes:
+        batch: (lanes, threads) -> BatchSimulation, where the workload has one of its own.
+        recorded: of a bag: the observations float32[T, n] of every recorded stretch. It cannot be simulated.
+    """
 
     spec: WorkloadSpec
     simulation: Callable[[], Simulation]
+    batch: Callable[[int, int], BatchSimulation] | None = None
+    recorded: tuple[NDArray[np.float32], ...] | None = None
 
 
 def names() -> list[tuple[str, str]]:
     """Every workload's name and one line about it."""
-    own = [(name, about) for name, (_, _, about) in _OWN.items()]
-    return [*own, (f"{_GYM}ENV_ID", "any Gymnasium environment with Box observations and Box or Discrete actions")]
+    return [
+        *((name, about) for name, (_, _, about) in _OWN.items()),
+        (f"{_GYM}ENV_ID", "any Gymnasium environment with Box observations and Box or Discrete actions"),
+        ("BAG", "a recorded bag (rosbag2 MCAP or sqlite3): observations to learn from, nothing to drive"),
+    ]
 
 
-def get(name: str) -> Workload:
+def parameters(name: str) -> dict[str, Parameter]:
+    """The parameters that a workload takes as NAME?KEY=VALUE&KEY=VALUE."""
+    return _module(name).PARAMETERS if name in _OWN else {}
+
+
+def get(name: str, policy: Policy | None = None) -> Workload:
     """The workload of that name.
 
+    Args:
+        policy: whose card tells what to read from a bag; only a bag needs it.
+
     Raises:
-        WorkloadError: no such workload, one whose spaces are not supported, or its simulator is not installed.
+        WorkloadError: no such workload or parameter, spaces that are not supported, a bag that does not fit the
+            policy's card, or a simulator or reader that is not installed.
     """
     if name.startswith(_GYM):
         try:
@@ -102,17 +198,65 @@ def get(name: str) -> Workload:
         except ModuleNotFoundError as error:
             raise _missing(name, error, "gymnasium") from None
         return gym_env.workload(name)
-    if name not in _OWN:
-        near = difflib.get_close_matches(name, [*_OWN, *(f"{_GYM}{own}" for own in _OWN)], n=3, cutoff=0.4)
+    base, _, query = name.partition("?")
+    if base not in _OWN and (Path(base).suffix in _BAG_SUFFIXES or Path(base).is_dir()):
+        try:
+            from . import bags
+        except ModuleNotFoundError as error:
+            raise _missing(name, error, "rosbags") from None
+        if policy is None:
+            raise WorkloadError(f"{name}: is a recording, which cannot be simulated; name a workload that can")
+        return bags.workload(base, policy, _assigned(name, query, bags.PARAMETERS))
+    if base not in _OWN:
+        near = difflib.get_close_matches(base, _candidates(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise WorkloadError(f"workload {name!r} is unknown{hint} (known: {', '.join(n for n, _ in names())})")
+    module = _module(base)
+    workload: Workload = module.workload(**_assigned(name, query, module.PARAMETERS)) if query else module.WORKLOAD
+    return workload
+
+
+def parametrised(name: str, known: dict[str, Parameter], values: dict[str, Any]) -> str:
+    """A workload's name with those of its parameters that differ from their defaults."""
+    changed = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items() if v != known[k].default]
+    return f"{name}?{'&'.join(changed)}" if changed else name
+
+
+def module(name: str) -> Any:
+    """The module of one of our own workloads: PARAMETERS, workload(**parameters), and where it can be trained also
+    teacher() and RECIPE (build.train). None for every other name."""
+    base = name.partition("?")[0]
+    return _module(base) if base in _OWN else None
+
+
+def _assigned(name: str, query: str, known: dict[str, Parameter]) -> dict[str, float | str]:
+    """Every parameter's value: as the query says, else its default."""
+    values = {key: parameter.default for key, parameter in known.items()}
+    for pair in filter(None, query.split("&")):
+        key, _, text = pair.partition("=")
+        if key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise WorkloadError(f"workload {name!r}: unknown parameter {key!r}; {takes}")
+        values[key] = known[key].read(text, f"workload {name!r}: {key}")
+    return values
+
+
+def _module(name: str) -> Any:
     module, needs, _ = _OWN[name]
     try:
         import_module(needs)
     except ModuleNotFoundError as error:
         raise _missing(name, error, needs) from None
-    workload: Workload = import_module(module).WORKLOAD
-    return workload
+    return import_module(module)
+
+
+def _candidates() -> list[str]:
+    """Names that a misspelt one may have meant."""
+    try:
+        from gymnasium import registry
+    except ModuleNotFoundError:
+        registry = {}
+    return [*_OWN, *(f"{_GYM}{env_id}" for env_id in registry)]
 
 
 def _missing(name: str, error: ModuleNotFoundError, package: str) -> WorkloadError:
@@ -125,10 +269,19 @@ def vector_action(spec: WorkloadSpec, action: Any) -> NDArray[np.float64]:
     Raises:
         WorkloadError: wrong length, or not finite.
     """
-    vector = np.asarray(action, dtype=float).reshape(-1)
-    if vector.shape != (len(spec.actions),) or not np.isfinite(vector).all():
-        raise WorkloadError(f"{spec.name}: action {action!r}: {len(spec.actions)} finite values are needed")
-    return np.clip(vector, [c.low for c in spec.actions], [c.high for c in spec.actions])
+    return vector_actions(spec, np.asarray(action, dtype=float).reshape(1, -1))[0]
+
+
+def vector_actions(spec: WorkloadSpec, actions: Any) -> NDArray[np.float64]:
+    """Action vectors [N, m] cut to their limits, for `BatchSimulation.step`; errors as for `vector_action`."""
+    vectors = np.asarray(actions, dtype=float)
+    if vectors.ndim != 2 or vectors.shape[1] != len(spec.actions) or not np.isfinite(vectors).all():
+        wrong = vectors if vectors.ndim != 2 else vectors[~np.isfinite(vectors).all(axis=1)][:1]
+        raise WorkloadError(
+            f"{spec.name}: action {(wrong if len(wrong) else vectors[:1])[0].tolist()}: {len(spec.actions)} finite "
+            "values are needed"
+        )
+    return np.clip(vectors, [c.low for c in spec.actions], [c.high for c in spec.actions])
 
 
 class Rollouts(NamedTuple):
@@ -143,57 +296,113 @@ class Rollouts(NamedTuple):
         """The sum of rewards of every episode."""
         return np.array([r.sum() for r in self.rewards])
 
+    def chosen(self, which: Sequence[int]) -> Rollouts:
+        """Some of the episodes."""
+        seen, done, earned = self
+        return Rollouts([seen[k] for k in which], [done[k] for k in which], [earned[k] for k in which])
+
 
 def rollouts(
     workload: Workload,
     policy: Callable[[NDArray[np.float32]], NDArray[Any]],
     episodes: int,
     seed: int,
-    lanes: int = 32,
+    lanes: int | None = None,
+    *,
+    first: int = 0,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Rollouts:
     """Run a policy for a number of episodes, several simulations in lockstep.
 
-    Episode k depends on (seed, k) only, not on `lanes`, as long as the policy treats the rows of a batch alone.
+    Episode k is a function of (seed, k) alone, not of `lanes`, `threads` or `first`, as long as the policy treats the
+    rows of a batch alone. So any machine can run any range of episodes, and the ranges joined are what one machine
+    would have run: `Parts` does so through a folder that they share.
 
     Args:
         policy: maps a batch of observations [N, n] to actions [N, m]; for a discrete workload to indices [N, 1].
-        lanes: how many simulations run side by side.
+        lanes: how many simulations run side by side; by default 128, or 32 where each is a Python object of its own.
+        first: number of the first episode.
+        threads: for the physics of a batched simulation, by default one per core that this process may use.
+        progress: told the numbers of episodes that are over and of steps done, once per step of all lanes.
 
     Returns:
         Rollouts, episode by episode.
     """
+    if workload.recorded is not None:
+        raise WorkloadError(f"{workload.spec.name}: is a recording, which cannot be simulated")
     spec = workload.spec
-    lanes = min(lanes, episodes)
-    found: list[tuple[list[Any], list[Any], list[float]]] = [([], [], []) for _ in range(episodes)]
-    simulations = [workload.simulation() for _ in range(lanes)]
+    lanes = min(lanes or (128 if workload.batch else 32), episodes)
+    threads = _cores() if threads is None else threads
+    simulation = batched(workload)(lanes, threads if threads > 1 and lanes > 1 else 0)
+    log: list[tuple[NDArray[Any], ...]] = []  # of every step: the episode of each row, observations, actions, rewards
     try:
-        running = {lane: lane for lane in range(lanes)}  # lane -> episode
-        current = {lane: simulations[lane].reset(episode_seed(seed, lane)) for lane in running}
-        following = lanes
-        while running:
-            order = list(running)
-            actions = np.array(policy(np.stack([current[lane] for lane in order])), dtype=np.float32)
-            for lane, action in zip(order, actions, strict=True):
-                episode = running[lane]
-                seen, done, earned = found[episode]
-                seen.append(current[lane])
-                done.append(action)
-                current[lane], reward, terminated = simulations[lane].step(int(action[0]) if spec.discrete else action)
-                earned.append(reward)
-                if terminated or len(earned) >= spec.episode_steps:
-                    del running[lane]
-                    if following < episodes:
-                        running[lane] = following
-                        current[lane] = simulations[lane].reset(episode_seed(seed, following))
-                        following += 1
+        episode = np.arange(first, first + lanes)
+        current = simulation.reset(range(lanes), [episode_seed(seed, int(k)) for k in episode])
+        length = np.zeros(lanes, int)
+        running = np.ones(lanes, bool)
+        following, steps, over = first + lanes, 0, 0
+        padded: NDArray[np.float32] | None = None
+        while running.any():
+            rows = np.flatnonzero(running)
+            actions = np.array(policy(current[rows]), dtype=np.float32)
+            if padded is None:
+                padded = np.zeros((lanes, *actions.shape[1:]), np.float32)
+            padded[rows] = actions
+            step = simulation.step(padded, running)
+            log.append((episode[rows], current[rows], actions, step.rewards[rows]))
+            current = step.observations
+            length += running
+            steps += len(rows)
+            ended = np.flatnonzero(running & (step.terminated | (length >= spec.episode_steps)))
+            over += len(ended)
+            fresh = ended[: max(0, first + episodes - following)]
+            if len(fresh):
+                episode[fresh] = np.arange(following, following + len(fresh))
+                following += len(fresh)
+                current[fresh] = simulation.reset(fresh.tolist(), [episode_seed(seed, int(k)) for k in episode[fresh]])
+                length[fresh] = 0
+            running[ended[len(fresh) :]] = False
+            progress(over, steps)
     finally:
-        for simulation in simulations:
+        simulation.close()
+    owner, *columns = (np.concatenate(column) for column in zip(*log, strict=True))
+    order = np.argsort(owner, kind="stable")
+    ends = np.cumsum(np.bincount(owner - first, minlength=episodes))
+    return Rollouts(*([column[order[a:b]] for a, b in pairwise((0, *ends))] for column in columns))
+
+
+def batched(workload: Workload) -> Callable[[int, int], BatchSimulation]:
+    """(lanes, threads) -> BatchSimulation: the workload's own, else one of single simulations in a row."""
+    return workload.batch or (lambda lanes, threads: _Stacked(workload, lanes))
+
+
+class _Stacked:
+    """Single simulations as a batch."""
+
+    def __init__(self, workload: Workload, lanes: int) -> None:
+        self._spec = workload.spec
+        self._simulations = [workload.simulation() for _ in range(lanes)]
+
+    def reset(self, lanes: Sequence[int], seeds: Sequence[int]) -> NDArray[np.float32]:
+        return np.stack([self._simulations[lane].reset(seed) for lane, seed in zip(lanes, seeds, strict=True)])
+
+    def step(self, actions: NDArray[Any], running: NDArray[np.bool_]) -> BatchStep:
+        lanes = len(self._simulations)
+        observations = np.zeros((lanes, len(self._spec.observations)), np.float32)
+        rewards, terminated = np.zeros(lanes), np.zeros(lanes, bool)
+        for lane in np.flatnonzero(running):
+            action = int(actions[lane, 0]) if self._spec.discrete else actions[lane]
+            observations[lane], rewards[lane], terminated[lane] = self._simulations[lane].step(action)
+        return BatchStep(observations, rewards, terminated)
+
+    def close(self) -> None:
+        for simulation in self._simulations:
             simulation.close()
-    return Rollouts(
-        [np.stack(seen) for seen, _, _ in found],
-        [np.stack(done) for _, done, _ in found],
-        [np.array(earned) for _, _, earned in found],
-    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def episode_seed(seed: int, episode: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .bounds import HUGE32, INFLATE, TINY32, affine_bounds, gamma
+from .bounds import HUGE32, INFLATE, NUMPY, TINY32, Backend, affine_bounds, gamma
 from .certificate import Certificates, decision_rows
 from .network import Network
 from .region import UNIT, Regions
@@ -20,62 +20,78 @@ Array = NDArray[np.float64]
 COURTESY = 1e-3
 
 
-def certify(network: Network, regions: Regions, decision: str = "none", batch: int = 64) -> Certificates:
+def certify(
+    network: Network,
+    regions: Regions,
+    decision: str = "none",
+    batch: int = 96,
+    effort: str = "backward",
+    backend: Backend = NUMPY,
+) -> Certificates:
     """Fit and certify one affine expert per region.
 
     Args:
         network: the policy. regions: B of them. decision: what the actions mean (core.card.DECISIONS).
         batch: regions per matrix product; memory grows with it.
+        effort, backend: what may be spent per region, and where (core.bounds).
 
     Returns:
         One certificate per region. Where nothing could be shown its bound_offset is infinite.
+
+    Raises:
+        ConfigError: regions of another number of axes than the policy reads; an unknown effort.
     """
     rows = decision_rows(network.outputs, decision)
-    parts = [_certify(network, regions[k : k + batch], rows) for k in range(0, len(regions), batch)]
+    if len(regions) == 0:
+        shape = (0, len(rows), network.inputs)
+        expert, bound = np.zeros(shape, np.float32), np.zeros(shape)
+        return Certificates(regions.center, regions.transform, expert, expert[..., 0], bound, bound[..., 0])
+    parts = [_certify(network, regions[k : k + batch], rows, effort, backend) for k in range(0, len(regions), batch)]
     return Certificates.join(parts)
 
 
-def _certify(network: Network, regions: Regions, rows: Array) -> Certificates:
-    bounds = affine_bounds(network, regions, rows)
+def _certify(network: Network, regions: Regions, rows: Array, effort: str, backend: Backend) -> Certificates:
+    bounds = affine_bounds(network, regions, rows, effort, backend)
     generators, eps = regions.generators()
     inputs = network.inputs
     with np.errstate(all="ignore"):
-        middle = (0.5 * (bounds.lower + bounds.upper)).astype(np.float32)
-        unknown = ~np.isfinite(middle).all(axis=2) | ~np.isfinite(eps)[:, None]
-        middle = np.where(unknown[..., None], np.float32(0), middle)
-        expert = middle.astype(float)
-        reach = np.abs(regions.center) + np.abs(generators).sum(axis=2)
-
-        def residual(difference: Array) -> tuple[Array, Array]:
-            """Coefficients in zeta [B, r, n] and constant [B, r] of an affine function given in x."""
-            weight = difference[..., :-1]
-            return weight @ generators, np.einsum("brn,bn->br", weight, regions.center) + difference[..., -1]
-
-        up, up_constant = residual(bounds.upper - expert)
-        down, down_constant = residual(expert - bounds.lower)
-        # max(a, b) = (a + b) / 2 + |a - b| / 2, and |a - b| over the region is at most the sum of its coefficients
-        weight = 0.5 * (up + down)
-        offset = 0.5 * (up_constant + down_constant)
-        offset = offset + 0.5 * (np.abs(up_constant - down_constant) + np.abs(up - down).sum(axis=2))
-        size = np.zeros_like(offset)
-        for form in (bounds.lower, bounds.upper, expert):
-            size = size + np.einsum("brn,bn->br", np.abs(form[..., :-1]), reach) + np.abs(form[..., -1])
-        expert_size = np.einsum("brn,bn->br", np.abs(expert[..., :-1]), reach) + np.abs(expert[..., -1])
+        expert32 = bounds.middle.astype(np.float32)
+        unknown = ~np.isfinite(expert32).all(axis=2) | ~np.isfinite(eps)[:, None]
+        expert32[unknown] = 0.0
+        expert = expert32.astype(float)
+        # |policy - expert| <= |middle - expert| + half, both in the region's coordinates, the constants last
+        gap = np.concatenate([bounds.half, bounds.middle - expert], axis=1)
+        gap = _in_zeta(gap, regions.center, generators)
+        half, rest = gap[:, : len(rows)], np.abs(gap[:, len(rows) :])
+        weight, ones = half[..., :-1], np.ones(inputs)
+        slope = np.abs(weight) @ ones
+        offset = half[..., -1] + rest @ np.ones(inputs + 1)
+        reach = np.concatenate([np.abs(regions.center) + np.abs(generators) @ ones, np.ones((len(regions), 1))], axis=1)
+        size = np.abs(expert)
+        expert_size = (size @ reach[:, :, None])[..., 0]
+        size = ((size + 2 * np.abs(bounds.middle) + 2 * np.abs(bounds.half)) @ reach[:, :, None])[..., 0]
         # the expert in float32, denormals rounded, flushed or taken for zero
-        flushed = 2 * (inputs + 3) + np.abs(expert).sum(axis=2) + reach.sum(axis=1)[:, None]
+        flushed = 2 * (inputs + 3) + np.abs(expert) @ np.ones(inputs + 1) + (reach @ np.ones(inputs + 1))[:, None]
         execution = gamma(inputs + 3) * expert_size + flushed * TINY32
         arithmetic = 16 * (inputs + 4) * UNIT * size  # of this function
-        routing = np.abs(weight).sum(axis=2) * eps[:, None]  # the router's xi against the exact one
-        evaluation = 4 * (inputs + 4) * UNIT * (np.abs(weight).sum(axis=2) + np.abs(offset))
+        routing = slope * eps[:, None]  # the router's xi against the exact one
+        evaluation = 4 * (inputs + 4) * UNIT * (slope + np.abs(offset))
         offset = offset + (execution + arithmetic + routing + evaluation) * INFLATE
         # Room for another prover, whose lines and rounding differ a little, to agree.
-        offset = offset + COURTESY * (np.abs(weight).sum(axis=2) + np.abs(offset)) + 1e-9 * size
-        unknown |= ~np.isfinite(offset) | ~np.isfinite(weight).all(axis=2) | ~(expert_size < HUGE32)
+        offset = offset + COURTESY * (slope + np.abs(offset)) + 1e-9 * size
+        unknown |= ~np.isfinite(offset) | ~np.isfinite(slope) | ~(expert_size < HUGE32)
     return Certificates(
         regions.center,
         regions.transform,
-        middle[..., :-1],
-        middle[..., -1],
+        expert32[..., :-1],
+        expert32[..., -1],
         np.where(unknown[..., None], 0.0, weight),
         np.where(unknown, np.inf, offset),
     )
+
+
+def _in_zeta(form: Array, center: Array, generators: Array) -> Array:
+    """An affine function [B, r, n + 1] of x, given in the region's coordinates."""
+    form_z = form[..., :-1] @ np.concatenate([generators, center[:, :, None]], axis=2)
+    form_z[..., -1] += form[..., -1]
+    return form_z

@@ -2,7 +2,7 @@
 
 It takes nothing from `bounds` or `certify` on trust and shares no function with them. Where the issuer propagates
 affine enclosures forward over many regions at once, the checker substitutes backwards from every layer, one region at
-a time; where the issuer derives lines case by case, the checker picks slopes and computes the least sound offset for
+a time; where the issuer has a table of lines, the checker searches for slopes and computes the least sound offset for
 them from the function's critical points. Both rest on the same execution model (docs/soundness.md): float32, any order
 of summation.
 
@@ -12,40 +12,28 @@ A verdict is "holds" (proved) or "unknown" (not proved, which never counts as ho
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .certificate import Certificates, decision_rows
-from .network import Affine, Elementwise, Network
+from .certificate import KINDS, Certificates, decision_rows
+from .network import Affine, Elementwise, Network, Normalize
 
 Array = NDArray[np.float64]
 
-_U32 = 2.0**-24
-_U64 = 2.0**-53
-_TINY = 2.0**-126
+_U32, _U64, _TINY = 2.0**-24, 2.0**-53, 2.0**-126
 _STEPS = 48  # of the grid on which smooth functions are bounded
+_LEAN = 0.015  # of an interval: how far beyond its middle, towards where it is used, a line is best to touch
 _MORE = 1.0 + 1e-9
-
-
+_AFFINE = [KINDS.index(kind) for kind in ("linear", "point", "lipschitz")]  # an affine expert and an affine bound
 _Term = tuple[Array, Array, float]
 _Matrices = dict[int, list[tuple[Array, Array]]]
 
 
-def _rounding(terms: float, unit: float) -> float:
-    return terms * unit / (1.0 - terms * unit) if terms * unit < 0.5 else np.inf
-
-
-@dataclass
-class _Line:
-    """slope_low z + offset_low <= f(z) <= slope_high z + offset_high, per neuron."""
-
-    slope_low: Array
-    offset_low: Array
-    slope_high: Array
-    offset_high: Array
+def _rounding(terms: float | Array, unit: float) -> Array:
+    return np.where(terms * unit < 0.5, terms * unit / (1.0 - np.minimum(terms * unit, 0.5)), np.inf)
 
 
 class Checker:
@@ -65,42 +53,41 @@ class Checker:
                 self.matrices[index] = [(w, np.abs(w)) for w in full]
 
     def verdict(self, certificates: Certificates, index: int, splits: int = 64) -> str:
-        """ "holds" if certificate `index` is proved over its whole region, else "unknown".
+        """ "holds" if certificate `index` is proved over its whole region, else "unknown"."""
+        if certificates.kind[index] not in _AFFINE:
+            return "unknown"
+        return self.proved(certificates, index, splits, lambda proof: self._excess(certificates, index, proof))
+
+    def proved(self, certificates: Certificates, index: int, splits: int, excess: Callable[[Proof], float]) -> str:
+        """ "holds" if over a certificate's whole region the error exceeds the claim by nothing, else "unknown".
 
         A region that is not proved as a whole is halved, up to `splits` times, and proved part by part.
+
+        Args:
+            excess: how far the error can exceed the claim in a part of the region, as far as can be shown; NaN where
+                nothing is known.
         """
-        box, blur = _enclose(certificates.transform[index])
-        if not np.isfinite(blur):
-            return "unknown"
-        n = len(box)
-        parts = [(np.zeros(n), np.ones(n))]  # middle and half-widths in zeta
         with np.errstate(all="ignore"):
-            while parts:
+            box, blur = _enclose(certificates.transform[index])
+            n = len(box)
+            parts = [(np.zeros(n), np.ones(n))]  # middle and half-widths in zeta
+            while parts and np.isfinite(blur):
                 middle, half = parts.pop()
-                excess, bend = self._excess(certificates, index, box, blur, middle, half)
-                if excess <= 0.0:  # false for a NaN, which is unknown
+                proof = Proof(self.network, self.matrices, certificates.center[index], box, blur, middle, half)
+                if excess(proof) <= 0.0:  # false for a NaN, which is unknown
                     continue
                 if splits == 0:
                     return "unknown"
                 splits -= 1
-                k = int(np.argmax(bend))
+                k = int(np.argmax(proof.bend))
                 half = np.where(np.arange(n) == k, 0.5 * half, half)
                 shift = np.where(np.arange(n) == k, half, 0.0)
                 parts += [(middle - shift, half), (middle + shift, half)]
-        return "holds"
+        return "unknown" if parts else "holds"
 
-    def _excess(
-        self, certificates: Certificates, index: int, box: Array, blur: float, middle: Array, half: Array
-    ) -> tuple[float, Array]:
-        """By how much the error may exceed the claim in a part of the region, as far as can be shown.
-
-        Returns:
-            The largest excess (the claim holds if it is not positive; NaN where nothing is known), and per axis of
-            the region how much it moves neurons that bend (where a split helps).
-        """
-        center = certificates.center[index]
-        proof = _Proof(self.network, self.matrices, center, box, middle, half)
-        reach = proof.reach
+    def _excess(self, certificates: Certificates, index: int, proof: Proof) -> float:
+        """By how much the error of an affine expert may exceed its claim in a part of the region."""
+        center, reach, box = proof.center, proof.reach, proof.box
         high_weight, high = proof.above(len(self.network.nodes), self.rows)
         low_weight, low = proof.above(len(self.network.nodes), -self.rows)
         expert_weight = certificates.expert_weight[index].astype(float)
@@ -112,16 +99,16 @@ class Checker:
         executed = _rounding(n + 3, _U32) * size + flushed * _TINY
         # the router evaluates the claim at its own xi, within blur of zeta, and rounds
         claimed = np.abs(claim_weight).sum(axis=1)
-        routed = blur * claimed + 2 * (n + 4) * _U64 * (claimed + np.abs(claim))
+        routed = proof.blur * claimed + 2 * (n + 4) * _U64 * (claimed + np.abs(claim))
         worst = -np.inf
         for weight, constant, sign in ((high_weight, high, 1.0), (low_weight, low, -1.0)):
             difference = weight - sign * expert_weight
             offset = difference @ center + constant - sign * expert - claim
             slope = difference @ box - claim_weight
             own = 16 * (n + 4) * _U64 * (np.abs(weight) @ reach + np.abs(constant) + size + claimed + np.abs(claim))
-            excess = offset + slope @ middle + np.abs(slope) @ half + (executed + routed + own) * _MORE
+            excess = offset + slope @ proof.middle + np.abs(slope) @ proof.half + (executed + routed + own) * _MORE
             worst = max(worst, float(excess.max())) if np.isfinite(excess).all() else np.nan
-        return worst, proof.bend
+        return worst
 
 
 def _enclose(transform: Array) -> tuple[Array, float]:
@@ -131,27 +118,31 @@ def _enclose(transform: Array) -> tuple[Array, float]:
     that, together with the rounding of T d, is at most `defect` in the maximum norm (docs/soundness.md, step 1).
     """
     n = len(transform)
-    if not np.isfinite(transform).all():
-        return transform, np.inf
     try:
         inverse = np.linalg.inv(transform)
     except np.linalg.LinAlgError:
         return transform, np.inf
     amplification = (np.abs(transform) @ np.abs(inverse)).sum(axis=1).max()
     defect = np.abs(transform @ inverse - np.eye(n)).sum(axis=1).max() + 2 * (n + 3) * _U64 * amplification
-    if not defect < 1e-3:
+    if not defect < 1e-3:  # or it is not a number
         return transform, np.inf
     return inverse * (1.0 + 4.5 * defect), 9.0 * defect * _MORE
 
 
-class _Proof:
-    """Bounds over one region: ranges of every node, and affine functions of x above any combination of a node."""
+class Proof:
+    """Bounds over a part of a region: ranges of every node, and affine functions of x above any combination of a node.
+
+    Attributes:
+        reach: the largest magnitude of each observation.
+        low, high: per node (0 the observation) the range of its values as executed; error: of affine ones, executed.
+        bend: per axis of the region how much it moves neurons that bend (where a split helps).
+    """
 
     def __init__(
-        self, network: Network, matrices: _Matrices, center: Array, box: Array, middle: Array, half: Array
+        self, network: Network, matrices: _Matrices, center: Array, box: Array, blur: float, middle: Array, half: Array
     ) -> None:
-        """The part {center + box @ (middle + half * eta) : |eta| <= 1} of a region."""
-        self.matrices = matrices
+        """The part {center + box @ (middle + half * eta) : |eta| <= 1} of a region, known up to blur."""
+        self.matrices, self.blur = matrices, blur
         self.network, self.center, self.box, self.middle, self.half = network, center, box, middle, half
         self.reach = np.abs(center) + np.abs(box).sum(axis=1)
         self.bend = np.zeros(len(center))
@@ -159,33 +150,38 @@ class _Proof:
         observation = np.eye(len(center)), np.zeros(len(center))
         self.low: list[Array] = [-self._maximum(-observation[0], observation[1], 0)]
         self.high: list[Array] = [self._maximum(*observation, 0)]
-        self.volume: dict[int, Array] = {}
         self.error: dict[int, Array] = {}
-        self.line: dict[int, _Line] = {}
+        self.line: dict[int, tuple[Any, ...]] = {}  # mean and half-difference of slopes, where that is not 0, offsets
+        self.plane: dict[int, tuple[Array, ...]] = {}  # y is in scale u - pull (middle . u) + shift +- gap
         for index, node in enumerate(network.nodes, start=1):
             if isinstance(node, Affine):
                 self._affine(index, node)
+            elif isinstance(node, Normalize):
+                self._normalize(index, node)
             else:
                 self._elementwise(index, node)
-
-    def _size(self, index: int) -> int:
-        return len(self.low[index])
 
     def _peak(self, index: int) -> Array:
         return np.maximum(np.abs(self.low[index]), np.abs(self.high[index]))
 
     def _affine(self, index: int, node: Affine) -> None:
-        volume, flushed, terms, depth = np.abs(node.bias), np.zeros(node.size), 3.0, 4.0
-        for source, weight, (_, size) in zip(node.sources, node.weights, self.matrices[index], strict=True):
-            peak = self._peak(source)
-            volume = volume + size @ peak
+        volume, spread, lean = np.abs(node.bias), np.abs(node.bias), node.bias
+        flushed, terms, depth = np.zeros(node.size), np.ones(node.size), 4.0 + node.size
+        for source, weight, (matrix, size) in zip(node.sources, node.weights, self.matrices[index], strict=True):
+            peak, up, down = self._peak(source), np.maximum(self.high[source], 0.0), np.maximum(-self.low[source], 0.0)
+            volume, spread = volume + size @ peak, spread + size @ (up + down)
+            lean = lean + matrix @ (up - down)
             flushed = flushed + size.sum(axis=1) + peak.sum()
             # what is surely zero adds nothing, in any order
-            terms += 1 if weight.ndim == 1 else (peak > 0.0).sum()
+            terms = terms + (peak > 0.0 if weight.ndim == 1 else (peak > 0.0).sum())
             depth += len(peak)
-        relative = _rounding(terms, _U32) + 4 * _rounding(depth, _U64)
-        error = (relative * volume + (2 * terms + flushed) * _TINY) * _MORE
-        self.volume[index], self.error[index] = volume, np.where(volume < 2.0**126, error, np.inf)
+        # In any order a partial sum is that of a subset of the terms: between the sums of all negative and all positive
+        # ones, of which the larger is half of `spread` + |lean|. Every addition rounds one; every product rounds too.
+        own = 4 * _rounding(depth, _U64) * spread
+        partial = 0.5 * (spread + np.abs(lean)) + own
+        error = (1.0 + _rounding(terms + 3, _U32)) * terms * _U32 * partial + _rounding(4, _U32) * volume + own
+        error = (error + (2 * terms + 6 + flushed) * _TINY) * _MORE
+        self.error[index] = np.where(volume < 2.0**126, error, np.inf)
         constant = self.error[index] + 2 * _U64 * np.abs(node.bias)
         ends = []
         for sign in (-1.0, 1.0):
@@ -227,74 +223,94 @@ class _Proof:
                 constant = constant + sign * (rows @ node.bias) + size @ self.error[index] * _MORE
                 for source, (matrix, _) in zip(node.sources, self.matrices[index], strict=True):
                     add(source, sign * (rows @ matrix))
+            elif isinstance(node, Normalize):
+                scale, pull, middle, shift, gap = self.plane[index]
+                add(node.source, sign * (rows * scale - (rows @ pull)[:, None] * middle))
+                constant = constant + sign * (rows @ shift) + size @ gap * _MORE
             else:
-                constant = constant + self._bend_rows(index, node, rows, size, sign, add)
+                # a positive coefficient takes the upper line, a negative one the lower
+                mean, bend, bent, shift, gap = self.line[index]
+                moved = sign * rows * mean
+                moved[:, bent] += size[:, bent] * bend[bent]
+                add(node.source, moved)
+                constant = constant + sign * (rows @ shift) + size @ gap * _MORE
             constant = constant + 4 * _U64 * np.abs(constant)
         weight = pending[0][2] * pending[0][0] if 0 in pending else np.zeros((len(constant), len(self.center)))
         return weight, constant + 8 * _U64 * (np.abs(weight) @ self.reach)
 
-    def _bend_rows(
-        self, index: int, node: Elementwise, rows: Array, size: Array, sign: float, add: Callable[[int, Array], None]
-    ) -> Array:
-        """Replace sign * rows @ f(z) by lines in z, and z at once by the affine map that feeds it if there is one.
+    def _normalize(self, index: int, node: Normalize) -> None:
+        """y = u / sqrt(mean(u^2) + epsilon) around the middle m of u's range (docs/soundness.md, "Normalisation").
 
-        A positive coefficient takes the upper line, a negative one the lower: coefficient * mean + |coefficient| * bend
-        of the two. Multiplying the small matrix behind first keeps the large one untouched.
+        With d = u - m, q = mean(m^2) + epsilon, D = 2 mean(m d) + mean(d^2) and k = q^(-1/2), y is exactly
+            k u - k^3 mean(m d) m - k^3 mean(d^2) m / 2 - k^3 D d / 2 + R u,  R = (q + D)^(-1/2) - k + k^3 D / 2:
+        two terms that are affine in u, and small ones. R is convex in D and not negative.
         """
-        line, peak = self.line[index], self._peak(node.source)
-        mean, bend = 0.5 * (line.slope_high + line.slope_low), 0.5 * (line.slope_high - line.slope_low)
-        shift, gap = 0.5 * (line.offset_high + line.offset_low), 0.5 * (line.offset_high - line.offset_low)
-        two = np.flatnonzero((bend != 0.0) | (gap != 0.0))
-        cost = np.maximum(np.abs(line.offset_high), np.abs(line.offset_low))
-        steep = np.maximum(np.abs(line.slope_high), np.abs(line.slope_low))
-        live = (steep > 0) | (cost > 0)
-        rounding = 4 * (len(peak) + 4) * _U64 * cost + 4 * _U64 * np.where(live, steep * peak, 0.0)
-        below = self.network.nodes[node.source - 1] if node.source > 0 else None
-        fuse = isinstance(below, Affine) and len(below.sources) == 1 and len(rows) > self._size(below.sources[0])
-        if not fuse:
-            moved = sign * rows * mean
-            moved[:, two] += size[:, two] * bend[two]
-            add(node.source, moved)
-            plain: Array = sign * (rows @ shift) + size[:, two] @ gap[two] + size @ rounding * _MORE
-            return plain
-        assert isinstance(below, Affine)
-        matrix, _ = self.matrices[node.source][0]
-        # |coefficient| of what feeds it, split the same way: its rounding adds up by magnitude
-        lean = 0.5 * (np.abs(line.slope_high) + np.abs(line.slope_low))
-        tilt = 0.5 * (np.abs(line.slope_high) - np.abs(line.slope_low))
-        volume, error = (np.where(live, of[node.source], 0.0) for of in (self.volume, self.error))
-        rounding = rounding + 8 * _rounding(len(peak) + 8, _U64) * steep * volume
-        straight = np.column_stack([mean[:, None] * matrix, mean * below.bias + shift, tilt * error])
-        bent = np.column_stack([bend[two, None] * matrix[two], bend[two] * below.bias[two] + gap[two]])
-        total = sign * (rows @ straight)
-        total[:, :-1] += size[:, two] @ bent
-        add(below.sources[0], total[:, :-2])
-        result: Array = total[:, -2] + total[:, -1] + size @ (lean * error + rounding) * _MORE
-        return result
+        low, high, peak, n = self.low[node.source], self.high[node.source], self._peak(node.source), node.size
+        own = 8 * (n + 8) * _U64
+        m = 0.5 * (low + high)
+        off, least = np.maximum(high - m, m - low) * _MORE, np.maximum(np.maximum(low, -high), 0.0)
+        square, far, most = (v @ v / n for v in (m, off, peak))
+        q = square + node.epsilon
+        pad = own * (q + np.abs(m) @ peak / n)
+        fall, rise = (
+            self._maximum(*self.above(node.source, 2.0 * sign * m[None] / n), index)[0] - 2.0 * sign * square + pad
+            for sign in (-1.0, 1.0)
+        )
+        floor = np.maximum(q - fall, (node.epsilon + least @ least / n) * (1.0 - own))
+        ceiling = np.minimum(q + rise + far, node.epsilon + most) * (1.0 + own)
+        k, slow, fast = q**-0.5, ceiling**-0.5, floor**-0.5
+        change = np.maximum(np.abs(floor - q), np.abs(ceiling - q)) + pad
+        rest = np.maximum(*(e**-0.5 - k + 0.5 * k**3 * (e - q) for e in (floor, ceiling)))
+        rest = rest + own * (fast + k + k**3 * change)
+        sides = [
+            np.maximum(0.5 * k**3 * far * v, 0.0) + np.maximum(end, 0.0) * rest + 0.5 * k**3 * change * off
+            for v, end in ((-m, high), (m, -low))
+        ]
+        # as executed: squares of what is centred only afterwards cancel; else they are a sum of positive terms
+        squared = self._peak(node.squared)
+        volume = (1.0 + own) * (squared @ squared) / n
+        summed = floor if node.squared == node.source else 6.0 * (volume + node.epsilon)
+        blurred = _rounding(n + 5, _U32) * summed + 16 * (n + 4) * _TINY * (1.0 + volume)
+        relative = 0.63 * blurred / floor + _rounding(8, _U32)
+        executed = relative * np.minimum(n**0.5, peak * fast) + 2 * _TINY * (1.0 + fast)
+        known = floor > 0.0 and blurred <= 0.25 * floor and n * volume < 2.0**126
+        executed = executed * _MORE if known else np.full(n, np.inf)
+        shift = k**3 * square * m + 0.5 * (sides[0] - sides[1])
+        size = k * peak + k**3 / n * np.abs(m) * (np.abs(m) @ peak) + np.abs(shift) + sides[0] + sides[1]
+        gap = 0.5 * (sides[0] + sides[1]) + 4 * own * size
+        bent = gap < n**0.5  # or the enclosure says less than |y| <= sqrt(n)
+        shift, gap = np.where(bent, shift, 0.0), np.where(bent, gap, n**0.5) * _MORE + executed
+        self.plane[index] = k * bent, k**3 / n * m * bent, m, shift, gap
+        self.bend = self.bend + self.swing[node.source].sum(axis=0)
+        self.swing[index] = self.swing[node.source]
+        self.low.append(np.maximum(np.minimum(low * slow, low * fast), -(n**0.5)) - executed)
+        self.high.append(np.minimum(np.maximum(high * slow, high * fast), n**0.5) + executed)
 
     def _elementwise(self, index: int, node: Elementwise) -> None:
         low, high = self.low[node.source], self.high[node.source]
         slope_high, offset_high = _above(node, low, high, 1.0)
         slope_low, offset_low = _above(node, low, high, -1.0)
         slope_low, offset_low = -slope_low, -offset_low
-        peak = np.maximum(np.abs(low), np.abs(high))
+        peak = self._peak(node.source)
         absolute, relative = node.facts.execution(node.parameters)
         executed = (absolute + relative * peak) * _MORE
-        steepest = np.maximum(np.abs(slope_low), np.abs(slope_high))
-        pad = executed + 8 * _U64 * (peak * steepest + np.abs(offset_low) + np.abs(offset_high))
+        steep = np.maximum(np.abs(slope_low), np.abs(slope_high))
+        cost = np.maximum(np.abs(offset_low), np.abs(offset_high))
+        pad = executed + 16 * _U64 * (peak * steep + (node.size + 4) * cost)
         self.bend = self.bend + self.swing[node.source][slope_low != slope_high].sum(axis=0)
         self.swing[index] = self.swing[node.source]
-        offset_low, offset_high = offset_low - pad, offset_high + pad
         values = node(low), node(high)
         if not node.facts.increasing:  # its range is that of its lines
             ends_low = np.minimum(slope_low * low, slope_low * high) + offset_low
             ends_high = np.maximum(slope_high * low, slope_high * high) + offset_high
-            values = ends_low, ends_high
+            values = ends_low - pad, ends_high + pad
+        mean, bend = 0.5 * (slope_high + slope_low), 0.5 * (slope_high - slope_low)
+        shift, gap = 0.5 * (offset_high + offset_low), 0.5 * (offset_high - offset_low) + pad
         if node.function == "relu":  # nothing, or its argument: no bend and no rounding
             dead, whole = high <= 0.0, low >= 0.0
-            slope_low, slope_high = (np.where(dead, 0.0, np.where(whole, 1.0, s)) for s in (slope_low, slope_high))
-            offset_low, offset_high = (np.where(dead | whole, 0.0, o) for o in (offset_low, offset_high))
-        self.line[index] = _Line(slope_low, offset_low, slope_high, offset_high)
+            mean, bend = np.where(dead, 0.0, np.where(whole, 1.0, mean)), np.where(dead | whole, 0.0, bend)
+            shift, gap = np.where(dead | whole, 0.0, shift), np.where(dead, 0.0, np.where(whole, 4 * _U64 * peak, gap))
+        self.line[index] = mean, bend, np.flatnonzero(bend), shift, gap
         self.low.append(values[0] - executed * _MORE - 4 * _U64 * np.abs(values[0]))
         self.high.append(values[1] + executed * _MORE + 4 * _U64 * np.abs(values[1]))
 
@@ -305,7 +321,19 @@ def _above(node: Elementwise, low: Array, high: Array, sign: float) -> tuple[Arr
     For any slope, the least sound offset is the maximum of sign * f(z) - slope * z: over the ends and kinks where f is
     piecewise linear; else over a fine grid, plus what a function of that curvature can rise between its points.
     """
-    facts, middle = node.facts, 0.5 * (low + high)
+    facts, middle, shape = node.facts, 0.5 * (low + high), node.facts.shape(node.parameters)
+    if shape == "odd":  # sign * f(sign * z) is convex before 0 and concave after, whatever the sign
+        slope, offset = _tangent(
+            lambda z: sign * node(sign * z),
+            lambda z: node.derivative(sign * z),
+            *((low, high) if sign > 0 else (-high, -low)),
+            np.zeros_like(low),
+            _LEAN,
+        )
+        return sign * slope, offset
+    if shape == "convex":
+        bend = high if sign > 0 else low
+        return _tangent(lambda z: sign * node(z), lambda z: sign * node.derivative(z), low, high, bend, sign * _LEAN)
     kinks = [np.clip(kink, low, high) for kink in facts.kinks(node.parameters)]
     curvature = facts.curvature(node.parameters)
     steps = _STEPS if curvature else 1
@@ -335,3 +363,30 @@ def _above(node: Elementwise, low: Array, high: Array, sign: float) -> tuple[Arr
             lower = height(chord) < best
             slope, best = np.where(lower, chord, slope), np.where(lower, height(chord), best)
     return slope, (values - slope * points).max(axis=0) + rise
+
+
+def _tangent(
+    f: Callable[[Array], Array], slope: Callable[[Array], Array], low: Array, high: Array, bend: Array, lean: float
+) -> tuple[Array, Array]:
+    """The same for a function that is convex before `bend` and concave after it: it touches at the middle (or `lean` of
+    the interval beyond it), or where a line through the left end does, or it is the chord.
+
+    Above the convex part is what is above its ends, and above the concave part is every tangent of it.
+    """
+    bend = np.clip(bend, low, high)
+    end = f(low)
+    left, right = np.maximum(bend, 0.5 * (low + high) + lean * (high - low)), high
+
+    def cuts(t: Array) -> NDArray[np.bool_]:
+        result: NDArray[np.bool_] = f(t) + slope(t) * (low - t) < end
+        return result
+
+    chord = cuts(high) & (high > low)
+    for _ in range(50):
+        touch = 0.5 * (left + right)
+        beyond = cuts(touch)
+        left, right = np.where(beyond, touch, left), np.where(beyond, right, touch)
+    own = slope(right)
+    line = np.where(chord, (f(high) - end) / np.where(chord, high - low, 1.0), own)
+    slack = np.maximum(np.maximum((own - line) * (high - right), (own - line) * (bend - right)), 0.0)
+    return line, np.maximum(end - line * low, f(right) - line * right + slack) + 2e-15

@@ -22,11 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .card import Card
-from .certificate import Certificates, decision_rows
+from .certificate import COLLAPSED, KINDS, Certificates, Ragged, decision_rows
+from .collapsed import inconsistency
 from .errors import LibraryError
+from .record import pack
+from .statistical import Evidence
 from .trie import Trie
 
-MAGIC = b"LAWSLIB1"
+MAGIC = b"LAWSLIB2"
+BEFORE_KINDS = b"LAWSLIB1"  # still read: all its certificates are `linear`
 _ALIGN = 64
 
 
@@ -38,7 +42,7 @@ class Library:
         policy_sha256: of the ONNX file that the certificates speak about.
         card: of that policy.
         tolerance: [m] the action error, in action units, that the library was built for; empty for a decision.
-        certificates: E certified experts, kind `linear`.
+        certificates: E certified experts.
         trie: finds them.
         visits: [E] training observations that each expert answered.
         notes: how it was built (workload, seed, coverage, ...), for people.
@@ -59,12 +63,8 @@ class Library:
     @cached_property
     def ids(self) -> list[str]:
         """Content hash of every expert, bound to policy, card and precision; what people and merges call it by."""
-        prefix = f"{self.policy_sha256}{self.card.digest}{self.precision}linear".encode()
-        parts = [np.ascontiguousarray(getattr(self.certificates, f.name)) for f in fields(Certificates)]
-        return [
-            hashlib.sha256(prefix + b"".join(part[k].tobytes() for part in parts)).hexdigest()[:16]
-            for k in range(len(self))
-        ]
+        prefix = f"{self.policy_sha256}{self.card.digest}{self.precision}".encode()
+        return [hashlib.sha256(prefix + pack(self.certificates, k)).hexdigest()[:16] for k in range(len(self))]
 
     @cached_property
     def digest(self) -> str:
@@ -72,8 +72,9 @@ class Library:
         return hashlib.sha256(self._body()).hexdigest()[:16]
 
     def indexed(self, trie: Trie) -> Library:
-        """The same experts under a trie's questions, listed in an order that does not depend on history."""
-        preference = np.array(sorted(range(len(self)), key=self.ids.__getitem__), dtype=np.intp)
+        """The same experts under a trie's questions, the cheapest first, and in no order that depends on history."""
+        cost = self.certificates.cost
+        preference = np.array(sorted(range(len(self)), key=lambda k: (cost[k], self.ids[k])), dtype=np.intp)
         return replace(self, trie=trie.with_regions(self.certificates.regions, preference))
 
     def check_policy(self, sha256: str, card: Card, where: str, policy_where: str) -> None:
@@ -92,9 +93,14 @@ class Library:
     # -- storage ---------------------------------------------------------------------------------------------------
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        arrays = {f"certificates.{f.name}": getattr(self.certificates, f.name) for f in fields(Certificates)}
-        arrays |= {f"trie.{f.name}": getattr(self.trie, f.name) for f in fields(Trie)}
-        return arrays | {"tolerance": self.tolerance, "visits": self.visits}
+        return (
+            _flat("certificates", self.certificates)
+            | _flat("trie", self.trie)
+            | {
+                "tolerance": self.tolerance,
+                "visits": self.visits,
+            }
+        )
 
     def _body(self) -> bytes:
         arrays = {k: np.ascontiguousarray(v) for k, v in self._arrays().items()}
@@ -159,7 +165,7 @@ class Library:
             raise LibraryError(f"{path}: cannot be read: {error.strerror}; `laws build` makes a library") from None
         if not data.startswith(MAGIC[:7]):
             raise LibraryError(f"{path}: not a LAWS library (it starts with {data[:8]!r})")
-        if not data.startswith(MAGIC):
+        if not data.startswith((MAGIC, BEFORE_KINDS)):
             raise LibraryError(f"{path}: library format {data[:8]!r}, this program reads {MAGIC!r}")
         body = data[len(MAGIC) + 32 :]
         if hashlib.sha256(body).digest() != data[len(MAGIC) : len(MAGIC) + 32]:
@@ -175,19 +181,27 @@ class Library:
             arrays[row["name"]] = np.frombuffer(data, dtype, count, start + row["offset"]).reshape(shape)
         card = Card.from_dict(header["card"], f"{path}: card")
 
-        def part(name: str, kind: type) -> Any:
-            return kind(**{f.name: arrays[f"{name}.{f.name}"] for f in fields(kind)})
+        def part(name: str, kind: type, known: list[str]) -> Any:
+            return kind(**{k: arrays.pop(f"{name}.{k}") for k in known})
 
-        return cls(
-            header["policy_sha256"],
-            card,
-            arrays["tolerance"],
-            part("certificates", Certificates),
-            part("trie", Trie),
-            arrays["visits"],
-            header["notes"],
-            header["precision"],
-        )._checked(path)
+        try:
+            names = [f.name for f in fields(Certificates)]
+            if data.startswith(MAGIC):
+                for name in ("floats", "octets"):
+                    arrays[f"certificates.{name}"] = part(f"certificates.{name}", Ragged, ["values", "start"])
+            else:
+                names = names[: names.index("kind")]
+            certificates = part("certificates", Certificates, names)
+            trie = part("trie", Trie, [f.name for f in fields(Trie)])
+            tolerance, visits = arrays.pop("tolerance"), arrays.pop("visits")
+        except KeyError as error:
+            raise LibraryError(f"{path}: its array {error} is missing; build the library again") from None
+        if arrays:
+            raise LibraryError(f"{path}: holds {', '.join(arrays)}, which this program does not know; update laws_ros")
+        library = cls(
+            header["policy_sha256"], card, tolerance, certificates, trie, visits, header["notes"], header["precision"]
+        )
+        return library._checked(path)
 
     def _checked(self, path: Path) -> Library:
         """A hash says that the file is what was written; this says that what was written is a library."""
@@ -200,11 +214,14 @@ class Library:
             "expert_bias": (count, rows),
             "bound_weight": (count, rows, n),
             "bound_offset": (count, rows),
+            "kind": (count,),
+            "cost": (count,),
         }
         for name, shape in shapes.items():
             found = getattr(self.certificates, name).shape
             if found != shape:
                 raise LibraryError(f"{path}: certificates.{name} has shape {found}, {shape} is expected")
+        self._check_kinds(path)
         t = self.trie
         nodes = len(t.axis)
         inner = t.axis >= 0
@@ -227,3 +244,35 @@ class Library:
         if self.precision != "float32":
             raise LibraryError(f"{path}: certified for precision {self.precision!r}; this program runs float32")
         return self
+
+    def _check_kinds(self, path: Path) -> None:
+        c = self.certificates
+        if len(c) and c.kind.max() >= len(KINDS):
+            raise LibraryError(
+                f"{path}: has certificates of kind number {c.kind.max()}; this program knows {', '.join(KINDS)}: "
+                "update laws_ros"
+            )
+        for name in ("floats", "octets"):
+            ragged = getattr(c, name)
+            start = ragged.start
+            if len(ragged) != len(c) or start[0] != 0 or start[-1] != len(ragged.values) or (np.diff(start) < 0).any():
+                raise LibraryError(f"{path}: certificates.{name} is inconsistent; build the library again")
+        for k in np.flatnonzero(c.among([*COLLAPSED, "statistical"])).tolist():
+            kind, octets, wrong = KINDS[c.kind[k]], c.octets.row(k), None
+            if kind == "statistical":
+                wrong = Evidence.inconsistency(octets)
+            elif self.card.decision != "none":
+                wrong = f"kind {kind} cannot decide by {self.card.decision}"
+            else:
+                wrong = inconsistency(octets, c.floats.row(k))
+            if wrong:
+                raise LibraryError(f"{path}: region {self.ids[k]}: {wrong}; build the library again")
+
+
+def _flat(name: str, part: Certificates | Trie | Ragged) -> dict[str, NDArray[Any]]:
+    """The arrays of a record, by their dotted names."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for f in fields(part):
+        value = getattr(part, f.name)
+        arrays |= _flat(f"{name}.{f.name}", value) if isinstance(value, Ragged) else {f"{name}.{f.name}": value}
+    return arrays

@@ -1,8 +1,8 @@
 """The layer graph that bounds are computed on, and its reference evaluation.
 
-A policy is a graph of two kinds of nodes: affine maps of earlier nodes, and elementwise functions. Node 0 is the
-observation. Weights are float64 arrays that hold the model's float32 constants exactly, so a `Network` is the same
-function as the ONNX file in real arithmetic; what float32 execution adds to it is `bounds`' business.
+A policy is a graph of three kinds of nodes: affine maps of earlier nodes, elementwise functions, and normalisations.
+Node 0 is the observation. Weights are float64 arrays that hold the model's float32 constants exactly, so a `Network` is
+the same function as the ONNX file in real arithmetic; what float32 execution adds to it is `bounds`' business.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .functions import FUNCTIONS, Function
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Affine:
     """y = sum_k W_k x_k + b over source nodes k.
 
     Attributes:
-        sources: indices of the nodes that feed this one.
+        sources: indices of the nodes that feed this one, each once.
         weights: per source a matrix [n, n_source], or a vector [n] that stands for a diagonal matrix.
         bias: [n]
         name: the ONNX node it comes from, for messages.
@@ -33,6 +33,10 @@ class Affine:
     weights: tuple[Array, ...]
     bias: Array
     name: str = ""
+
+    def __post_init__(self) -> None:
+        if len(set(self.sources)) < len(self.sources):
+            raise ValueError(f"affine node {self.name!r}: sources {self.sources}, each may be there once")
 
     @property
     def size(self) -> int:
@@ -44,7 +48,7 @@ class Affine:
         return tuple(np.abs(w) for w in self.weights)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Elementwise:
     """y = f(x) entry by entry, f one of `functions.FUNCTIONS`."""
 
@@ -61,15 +65,62 @@ class Elementwise:
     def __call__(self, x: Array) -> Array:
         return self.facts.value(x, self.parameters)
 
+    @property
+    def sources(self) -> tuple[int, ...]:
+        return (self.source,)
+
     def derivative(self, x: Array) -> Array:
         """A (sub)gradient at x."""
         return self.facts.slope(x, self.parameters)
 
 
-Node = Affine | Elementwise
+@dataclass(frozen=True, eq=False)
+class Normalize:
+    """y = u / sqrt(mean(u^2) + epsilon) over all entries of one observation's u.
+
+    The heart of RMS normalisation, and of LayerNormalization between an affine node that centres and one that has gain
+    and bias.
+
+    Attributes:
+        source: index of u.
+        squared: index of the node whose squares the executed program adds up: u itself, or, where a kernel takes the
+            variance as mean(x^2) - mean(x)^2, the x that u centres. It matters to the execution error only
+            (docs/soundness.md, "Normalisation").
+    """
+
+    source: int
+    size: int
+    epsilon: float
+    squared: int
+    name: str = ""
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        return self.source, self.squared
+
+    def scale(self, u: Array) -> Array:
+        """[N, 1]: the factor 1 / sqrt(mean(u^2) + epsilon) at u [N, n]; infinite where both are zero."""
+        with np.errstate(divide="ignore"):
+            factor: Array = 1.0 / np.sqrt((u * u).mean(axis=1, keepdims=True) + self.epsilon)
+        return factor
+
+    def __call__(self, u: Array) -> Array:
+        with np.errstate(invalid="ignore"):
+            y: Array = u * self.scale(u)
+        return y
+
+    def pull(self, u: Array, grad: Array) -> Array:
+        """The gradient [N, n] with respect to u of sum_i grad_i y_i."""
+        scale = self.scale(u)
+        along = (grad * u).mean(axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            return scale * (grad - scale**2 * along * u)
 
 
-@dataclass(frozen=True)
+Node = Affine | Elementwise | Normalize
+
+
+@dataclass(frozen=True, eq=False)
 class Network:
     """A policy as a graph in topological order; `nodes[i]` has index i + 1, index 0 is the observation."""
 
@@ -114,6 +165,8 @@ class Network:
                 terms = [
                     (s, grad * w if w.ndim == 1 else grad @ w) for s, w in zip(node.sources, node.weights, strict=True)
                 ]
+            elif isinstance(node, Normalize):
+                terms = [(node.source, node.pull(values[node.source], grad))]
             else:
                 terms = [(node.source, grad * node.derivative(values[node.source]))]
             for source, term in terms:

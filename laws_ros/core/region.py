@@ -8,6 +8,7 @@ surely contains it; `generators` gives that set, with the rounding of both the t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,17 +75,32 @@ class Regions:
         e = r + gamma_{n+2} max_row |T| |N|, |y' - xi| <= 2 e |y'| <= 4 e once e <= 1/4, and |y'| <= 1 + 4 e.
         M = (1 + 4 e) N and zeta = y' / (1 + 4 e) then differ from xi by at most 8 e.
         """
+        return self._generators
+
+    @cached_property
+    def _generators(self) -> tuple[Array, Array]:
         n = self.center.shape[1]
+        ones = np.ones(n)
         with np.errstate(all="ignore"):
-            finite = np.asarray(np.isfinite(self.transform).all(axis=(1, 2)) & np.isfinite(self.center).all(axis=1))
-            safe = np.where(finite[:, None, None], self.transform, np.eye(n))
-            singular = ~(np.linalg.cond(safe) < 1e15)
-            safe = np.where(singular[:, None, None], np.eye(n), safe)
-            inverse = np.linalg.inv(safe)
-            spread = (np.abs(safe) @ np.abs(inverse)).sum(axis=2).max(axis=1)
-            residual = np.abs(np.eye(n) - safe @ inverse).sum(axis=2).max(axis=1)
+            sums: Array = self.transform @ ones + self.center
+            finite = np.asarray(np.isfinite(sums).all(axis=1))
+            safe = self.transform if finite.all() else np.where(finite[:, None, None], self.transform, np.eye(n))
+            inverse = _inverse(safe)
+            spread = (np.abs(safe) @ (np.abs(inverse) @ ones)[:, :, None])[..., 0].max(axis=1)
+            residual = (np.abs(np.eye(n) - safe @ inverse) @ ones).max(axis=1)
             # twice: once for evaluating the residual itself, once for the run-time test
             error = 1.01 * (residual + 2 * (n + 3) * UNIT * spread)
-            usable = finite & ~singular & (error <= 1e-3)
+            usable = finite & (error <= 1e-3)
         scale = (1.0 + 5.0 * error)[:, None, None]  # 5 instead of 4: absorbs the rounding of this very product
         return np.where(usable[:, None, None], inverse * scale, np.nan), np.where(usable, 10.0 * error, np.inf)
+
+
+def _inverse(matrices: Array) -> Array:
+    """Of each matrix [B, n, n]; NaN where there is none."""
+    try:
+        return np.asarray(np.linalg.inv(matrices))
+    except np.linalg.LinAlgError:  # one of them is singular
+        if len(matrices) == 1:
+            return np.full_like(matrices, np.nan)
+        half = len(matrices) // 2
+        return np.concatenate([_inverse(matrices[:half]), _inverse(matrices[half:])])

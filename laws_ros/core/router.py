@@ -6,12 +6,13 @@ function, so there is one router, and it runs without numba too.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .certificate import Certificates
+from .certificate import FORMAL, Certificates
 from .trie import Trie
 
 Floats = NDArray[np.float64]
@@ -23,7 +24,7 @@ class Tables(NamedTuple):
     Attributes:
         nodes: [K, 4] per trie node its axis (negative at a leaf), its two children, and where its members start.
         threshold: [K + 1]; one more, as in `nodes`, so that a leaf's members end where the next node's start.
-        members: regions listed at leaves.
+        members: regions listed at leaves; only those of the kinds that may answer.
         records: [E, *] per region center, transform, and per row bound offset and weight, expert bias and weight.
     """
 
@@ -33,8 +34,8 @@ class Tables(NamedTuple):
     records: Floats
 
     @classmethod
-    def of(cls, certificates: Certificates, trie: Trie) -> Tables:
-        """Lay a library out for the router.
+    def of(cls, certificates: Certificates, trie: Trie, kinds: Iterable[str] = FORMAL) -> Tables:
+        """Lay a library out for the router; regions of other kinds are in no list, so they never answer.
 
         Raises:
             ValueError: the trie lists regions that are not there (compiled code would read past the end).
@@ -45,14 +46,15 @@ class Tables(NamedTuple):
         rows = np.concatenate(
             [c.bound_offset[..., None], c.bound_weight, c.expert_bias[..., None], c.expert_weight], axis=2, dtype=float
         )
+        listed = certificates.among(kinds)[trie.members]
         parts = [k.reshape(count, int(np.prod(k.shape[1:]))) for k in (c.center, c.transform, rows)]
         nodes = np.full((len(trie.first), 4), -1, np.int64)
         nodes[:-1, :3] = np.stack([trie.axis, trie.low, trie.high], axis=1)
-        nodes[:, 3] = trie.first
+        nodes[:, 3] = np.concatenate([[0], np.cumsum(listed)])[trie.first]
         return cls(
             nodes,
             np.append(trie.threshold, 0.0),
-            np.array(trie.members, np.int32),
+            np.array(trie.members[listed], np.int32),
             np.ascontiguousarray(np.concatenate(parts, axis=1)),
         )
 

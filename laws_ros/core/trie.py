@@ -78,6 +78,29 @@ class Trie:
         path = self.key(x)
         return int((self.high if path[-1][1] else self.low)[path[-1][0]]) if path else 0
 
+    @classmethod
+    def over(cls, regions: Regions, context: Sequence[int] = (), leaf: int = 8) -> Trie:
+        """Questions that tell a set of regions apart; they depend on the set only, not on its order or history.
+
+        Args:
+            context: discrete observations, asked about first.
+            leaf: a node that lists no more regions than this is not split further.
+
+        Returns:
+            A trie without members; `with_regions` lists them.
+        """
+        low, high = _reach(regions)
+        splitter = Splitter()
+        stack = [(0, np.flatnonzero(np.isfinite(low).all(axis=1) & np.isfinite(high).all(axis=1)))]
+        while stack:
+            node, here = stack.pop()
+            choice = _division(regions.center[here], low[here], high[here], context, leaf)
+            if choice is not None:
+                axis, threshold = choice
+                below, above = splitter.split(node, axis, threshold)
+                stack += [(below, here[low[here, axis] < threshold]), (above, here[high[here, axis] >= threshold])]
+        return splitter.trie()
+
     def with_regions(self, regions: Regions, preference: NDArray[np.intp]) -> Trie:
         """The same questions and counts with new lists of members.
 
@@ -86,10 +109,8 @@ class Trie:
             preference: [E] a permutation of region indices, preferred first; fixes the order within every leaf, so
                 that the answer does not depend on the order in which regions were made.
         """
-        generators, _ = regions.generators()
-        reach = np.nextafter(np.abs(generators).sum(axis=2) * (1 + 1e-12), np.inf)
-        low, high = np.nextafter(regions.center - reach, -np.inf), np.nextafter(regions.center + reach, np.inf)
-        usable = np.isfinite(low).all(axis=1) & np.isfinite(high).all(axis=1)
+        low, high = _reach(regions)
+        usable = np.asarray(np.isfinite(low).all(axis=1) & np.isfinite(high).all(axis=1))
         lists: list[NDArray[np.intp]] = [np.zeros(0, np.intp)] * len(self.axis)
         stack = [(0, preference[usable[preference]])]
         while stack:
@@ -117,6 +138,35 @@ class Trie:
                 stack += [(int(self.low[node]), here[low]), (int(self.high[node]), here[~low])]
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Trie(**{**values, "visits": visits})
+
+
+def _reach(regions: Regions) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[E, n]: the least and the greatest value of every observation in every region, rounded outward."""
+    generators, _ = regions.generators()
+    reach = np.nextafter(np.abs(generators).sum(axis=2) * (1 + 1e-12), np.inf)
+    return np.nextafter(regions.center - reach, -np.inf), np.nextafter(regions.center + reach, np.inf)
+
+
+def _division(
+    center: NDArray[np.float64],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+    context: Sequence[int],
+    leaf: int,
+) -> tuple[int, float] | None:
+    """The question (axis, threshold) that leaves the fewest regions on its fuller side; None if none helps."""
+    count = len(center)
+    if count <= leaf:
+        return None
+    for axis in context:  # between two values of a discrete observation
+        values = np.unique(np.round(center[:, axis]))
+        if len(values) > 1:
+            return axis, float(values[len(values) // 2] - 0.5)
+    threshold = np.median(center, axis=0)
+    fuller: NDArray[np.int64] = np.maximum((low < threshold).sum(axis=0), (high >= threshold).sum(axis=0))
+    axis = int(np.argmin(fuller))
+    # a side that keeps nearly all of them would only lengthen the walk
+    return (axis, float(threshold[axis])) if fuller[axis] <= 0.9 * count else None
 
 
 class Splitter:

@@ -6,18 +6,13 @@ the policy, run again here through ONNX Runtime, says at the very observation th
 
 from __future__ import annotations
 
-import ctypes
-import json as json_format
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
 import numpy as np
 import rclpy
@@ -29,13 +24,14 @@ from std_msgs.msg import Float64MultiArray
 
 from laws_ros.build import workloads
 from laws_ros.build.evaluate import check_fit, policy_rollouts
-from laws_ros.core.errors import ConfigError, LawsError, LibraryError
+from laws_ros.core.errors import ConfigError, LibraryError
+from laws_ros.core.safety import POLICY
 from laws_ros.runtime.cached_policy import CachedPolicy
 from laws_ros.runtime.files import resolve, share_path
 
+from .processes import START_TIMEOUT_S, Child, live_view
 from .ros import RECORD_QOS, columns_of
 
-START_TIMEOUT_S = 30.0
 DECISION, EPISODE = "controller/decision", "simulator/episode"
 Table = dict[str, NDArray[np.float64]]
 
@@ -79,7 +75,10 @@ def run(
             os.environ["ROS_LOCALHOST_ONLY"] = "1"
         recorder, nodes = Recorder(), []
         try:
-            controller = Child("controller", parameters, policy=str(policy_path), library=str(library_path))
+            # The shipped binding is for the shipped policy only; another one's fields are named by its card.
+            other: dict[str, Any] = {"binding": "", "controller_name": workload} if policy else {}
+            files: dict[str, Any] = {"policy": str(policy_path), "library": str(library_path)}
+            controller = Child("controller", parameters, log=Path(logs) / "controller", **files, **other)
             nodes.append(controller)
             cached = CachedPolicy.open(library_path, policy_path)
             check_fit(cached.policy, workloads.get(workload))
@@ -87,7 +86,8 @@ def run(
             print(f"{workload}: library {cached.library.digest}, {len(cached.library)} regions, {domain}", file=out)
             # Nothing moves until the controller's decisions are seen, so that the very first one is checked, too.
             recorder.wait_for(DECISION, controller)
-            simulator = Child("simulator", parameters, seed=seed, duration_s=float(seconds))
+            times: dict[str, Any] = {"seed": seed, "duration_s": float(seconds)}
+            simulator = Child("simulator", parameters, log=Path(logs) / "simulator", **times, **other)
             nodes.append(simulator)
             with live_view(out) as show:
                 while simulator.running():
@@ -106,7 +106,7 @@ def run(
             for node in nodes:
                 node.end()
             recorder.close()
-    answers, episodes = recorder.table(DECISION), recorder.table(EPISODE)
+    answers, episodes = recorder.answers(), recorder.table(EPISODE)
     if not answers or not episodes:
         print("ended before the first answer", file=out)
         return {"workload": workload, "steps": 0}, 0 if interrupted else 1
@@ -167,48 +167,15 @@ class Recorder:
             result[name] = columns if f"{name}:" in ",".join(self._names[topic]) else columns[:, 0]
         return result
 
+    def answers(self) -> Table:
+        """The controller's decisions without its reactions, which answer no observation."""
+        table = self.table(DECISION)
+        given = table["region"] >= POLICY if table else np.zeros(0, bool)
+        return {name: column[given] for name, column in table.items()} if given.any() else {}
+
     def close(self) -> None:
         self._node.destroy_node()
         self._context.try_shutdown()
-
-
-class Child:
-    """A node in a process of its own, which ends with this process, however that ends."""
-
-    def __init__(self, name: str, parameters: Path, **overrides: Any) -> None:
-        self.name = name
-        self._log = Path(os.environ["ROS_LOG_DIR"]) / f"{name}.out"
-        command = [sys.executable, "-m", f"laws_ros.nodes.{name}", "--ros-args", "--params-file", str(parameters)]
-        for key, value in overrides.items():
-            command += ["-p", f"{key}:={json_format.dumps(value)}"]
-        libc = ctypes.CDLL(None)
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is ours to pass on
-                preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG
-            )
-
-    def running(self) -> bool:
-        return self.process.poll() is None
-
-    def complain(self) -> NoReturn:
-        """Raises LawsError with the last thing that the node said."""
-        lines = self._log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        code = self.process.poll()
-        state = f"did not come up within {START_TIMEOUT_S:g} s" if code is None else f"ended with code {code}"
-        raise LawsError(f"the {self.name} {state}: {lines[-1]}")
-
-    def end(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=3.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 def percentiles(values: NDArray[np.float64]) -> dict[str, float | None]:
@@ -308,7 +275,7 @@ def sentences(s: dict[str, Any], cached: CachedPolicy) -> str:
 
 def status(recorder: Recorder, cached: CachedPolicy, seconds: float) -> dict[str, str]:
     """The newest answer and the statistics so far, for the live view."""
-    answers, episodes = recorder.table(DECISION), recorder.table(EPISODE)
+    answers, episodes = recorder.answers(), recorder.table(EPISODE)
     if not answers or not episodes:
         return {}
     s = summarize(answers, cached)
@@ -332,32 +299,3 @@ def status(recorder: Recorder, cached: CachedPolicy, seconds: float) -> dict[str
         "deadline misses": str(s["deadline_misses"]),
         "return": f"{episodes['return'][-1]:.1f}, episode {int(episodes['episode'][-1])}",
     }
-
-
-@contextmanager
-def live_view(out: TextIO) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Shows a status: a table that is redrawn in a terminal, else a line a second."""
-    if out.isatty():
-        from rich.console import Console
-        from rich.live import Live
-        from rich.table import Table as RichTable
-
-        def draw(facts: dict[str, str]) -> None:
-            table = RichTable(show_header=False)
-            for name, fact in facts.items():
-                table.add_row(name, fact)
-            live.update(table, refresh=True)
-
-        with Live(console=Console(file=out), auto_refresh=False) as live:
-            yield draw
-        return
-
-    shown = 0.0
-
-    def write(facts: dict[str, str]) -> None:
-        nonlocal shown
-        if time.monotonic() - shown >= 1.0:
-            shown = time.monotonic()
-            print(" | ".join(f"{name} {fact}" for name, fact in facts.items()), file=out, flush=True)
-
-    yield write

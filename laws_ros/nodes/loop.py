@@ -1,17 +1,19 @@
-"""The control loop without ROS: one message in, at most one action out.
+"""The control loop without ROS: messages in, at most one command out for each, and commands when none come.
 
-A step, in order:
-1. a message that cannot be read or fails the card's check, or for which the policy's output is not finite, is counted,
-   and no action comes of it;
-2. where the library answers, its action is published;
-3. otherwise the full policy answers, and its action is published.
+A step, once the observation is complete:
+1. one that cannot be read, lies outside the card's ranges or is no news is counted, and no command comes of it;
+2. beyond the robot's own limits, or while the emergency stop is latched, the configured reaction is published;
+3. where the library answers and the error budget has room, its action is published;
+4. otherwise the full policy is asked, on its worker; if it is late, the reaction to that is published.
 
-It runs in the thread that receives the message: waking another one cost 0.2 ms at the median (docs/adr/0003).
+The caller gives a thread: it calls `step` for every message and `tick` when `due_ns` has come. `estop`, `reset` and
+`retune` may be called from any other one.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,25 +22,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laws_ros.core.errors import ObservationError
+from laws_ros.core.observation import Assembler, Binding
+from laws_ros.core.safety import NEVER_NS, ON_DEADLINE, ON_ESTOP, ON_LIMIT, POLICY, Budget, Freshness, Governor, Rules
 from laws_ros.runtime.cached_policy import Answer, CachedPolicy
 
-REACTIONS = ("hold", "zero")
-GC_PERIOD_S = 1.0
+GC_PERIOD_NS = 1_000_000_000
+# Between two steps other work takes the processor's caches: a lookup then costs ten times what it does in a row. So the
+# loop looks the last observation up again this long before it expects the next, and the answer to that comes sooner.
+WARM_NS = 1_500_000
 
 
 class Step(NamedTuple):
-    """One answered observation."""
+    """One published command."""
 
+    time_ns: int  # of the steady clock, when it was published
     stamp_s: float  # as in the message's header
-    observation: NDArray[np.float32]
-    answer: Answer
+    source: int  # the region, POLICY, or the reaction (core.safety)
+    observation: NDArray[np.float32] | None  # None: a reaction without a new one
+    answer: Answer | None  # None: a reaction
+    command: list[float]
     lookup_us: float
-    policy_us: float  # 0 on a hit
-    latency_us: float  # from the arrival of the message until the command was published
+    policy_us: float  # on the worker, 0 on a hit
+    latency_us: float  # from the arrival of the message until the command was published, 0 without a message
 
 
 class Recent:
-    """The newest `size` values of a latency, in memory that does not grow."""
+    """The newest `size` values of a quantity, in memory that does not grow."""
 
     def __init__(self, size: int = 2048) -> None:
         self._values = np.empty(size)
@@ -54,40 +63,121 @@ class Recent:
         return np.percentile(kept, ranks).tolist() if len(kept) else [float("nan")] * len(ranks)
 
 
+class Worker:
+    """Runs the policy in a thread of its own, so that a late one holds nobody up; only the newest question counts."""
+
+    def __init__(self, policy: Callable[[NDArray[np.float32]], Answer]) -> None:
+        self._policy = policy
+        self._condition = threading.Condition()
+        self._question: NDArray[np.float32] | None = None
+        self._result: tuple[Answer | Exception, float] | None = None
+        self._ticket = 0
+        self._stopping = self._interrupted = False
+        self._thread = threading.Thread(target=self._run, name="policy", daemon=True)
+        self._thread.start()
+
+    def ask(self, observation: NDArray[np.float32], timeout_s: float) -> tuple[Answer, float] | None:
+        """The policy's answer and how long it took [us], or None if it is late or interrupted.
+
+        Raises:
+            Exception: whatever the policy raises.
+        """
+        with self._condition:
+            self._ticket += 1
+            self._question, self._result, self._interrupted = observation, None, False
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._result is not None or self._interrupted, timeout_s)
+            result, self._question = self._result, None
+            self._ticket += 1  # what comes later answers nobody
+        if result is None:
+            return None
+        answer, took_us = result
+        if isinstance(answer, Exception):
+            raise answer
+        return answer, took_us
+
+    def interrupt(self) -> None:
+        """Let a waiting `ask` return at once."""
+        with self._condition:
+            self._interrupted = True
+            self._condition.notify_all()
+
+    def stop(self) -> None:
+        """End the thread; one that is stuck in the policy ends with the process."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        self._thread.join(timeout=0.2)
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._question is not None or self._stopping)
+                if self._stopping:
+                    return
+                question, self._question, ticket = self._question, None, self._ticket
+            assert question is not None
+            began_ns = time.monotonic_ns()
+            answer: Answer | Exception
+            try:
+                answer = self._policy(question)
+            except Exception as error:
+                answer = error
+            took_us = (time.monotonic_ns() - began_ns) / 1e3
+            with self._condition:
+                if ticket == self._ticket:
+                    self._result = answer, took_us
+                    self._condition.notify_all()
+
+
 class ControlLoop:
-    """Answers observations; between `start` and `stop` it also governs the process's garbage collection.
+    """See the module; between `start` and `stop` it also governs the process's garbage collection.
 
     Args:
         cached: the policy and its library.
-        read: turns a message into an observation vector [n], raising ObservationError.
+        binding: checked against them.
+        rules: the reactions and their times.
         publish: sends a command [m] to the actuators.
-        record: is given every answered step, after its command has been published.
-        rate_hz: a command later than one period after its message's arrival is a missed deadline.
-        on_timeout: "hold" repeats the last command, "zero" sends zeros, or the card's nearest limits.
+        record: is given every published command, after it went out.
+        deadline_ns: a command later than this after its message's arrival is a missed deadline.
+        freeze_ns, delay_ns: see core.safety.Freshness.
+        budget: of certified error; None: unlimited.
     """
 
     def __init__(
         self,
         cached: CachedPolicy,
-        read: Callable[[Any], NDArray[np.float32]],
-        publish: Callable[[NDArray[np.floating]], None],
+        binding: Binding,
+        rules: Rules,
+        publish: Callable[[list[float]], None],
         record: Callable[[Step], None],
-        rate_hz: float,
-        on_timeout: str,
+        deadline_ns: int,
+        freeze_ns: int = 0,
+        delay_ns: int = 0,
+        budget: Budget | None = None,
     ) -> None:
-        self._cached, self._read, self._publish, self._record = cached, read, publish, record
-        self._deadline_us = 1e6 / rate_hz
-        low, high = ([getattr(c, limit) for c in cached.card.actions] for limit in ("low", "high"))
-        self._on_timeout = np.clip(np.zeros(len(low)), low, high) if on_timeout == "zero" else None
-        self._last: NDArray[np.floating] | None = None
-        self._collected_s = 0.0
-        self.hits = self.misses = self.deadline_misses = self.rejected = self.timeouts = 0
+        self._cached, self._binding, self._publish, self._record = cached, binding, publish, record
+        self._deadline_ns, self.budget = deadline_ns, budget
+        self.assembler = Assembler(binding, cached.card)
+        self._fresh = Freshness(rules.observation_timeout_ns, freeze_ns, delay_ns)
+        self.governor = Governor(binding.limits, rules, time.monotonic_ns())
+        self._worker: Worker | None = None
+        self._tolerance: list[float] | None = None  # to be used from the next step on
+        self._collected_ns = self._arrived_ns = 0
+        self._warm_ns = NEVER_NS  # when the next observation is almost there
+        self._observation: NDArray[np.float32] | None = None
+        self._period_ns = rules.period_ns
+        self._bound = np.zeros(len(binding.action))  # of the last answer
+        self._region = POLICY
+        self.hits = self.misses = self.deadline_misses = self.rejected = self.budget_refusals = self.handovers = 0
         self.rejection = ""  # why the latest rejected message was rejected
-        self.stale = False
-        self.hit_us, self.policy_us, self.latency_us = Recent(), Recent(), Recent()
+        self.beyond = ""  # which limit of the robot was exceeded last
+        self.handover_bound = np.zeros(len(binding.action))
+        self.hit_us, self.policy_us, self.latency_us, self.margin = Recent(), Recent(), Recent(), Recent()
 
     def start(self) -> None:
-        # Garbage is collected right after a step, when the next is a period away (see `step`), not wherever an
+        self._worker = Worker(self._cached.fallback)
+        # Garbage is collected right after a step, when the next is a period away (see `_collect`), not wherever an
         # allocation falls; what was there before is left alone, which keeps it short.
         gc.collect()
         gc.freeze()
@@ -96,46 +186,125 @@ class ControlLoop:
     def stop(self) -> None:
         gc.enable()
         gc.unfreeze()
+        if self._worker is not None:
+            self._worker.stop()
 
-    def step(self, message: Any) -> bool:
-        """Answer one message at once; False if it holds no usable observation."""
-        arrived_ns = time.perf_counter_ns()
+    # ------------------------------------------------------------------------------------------- from any thread
+
+    def estop(self, reason: str) -> None:
+        """Latch the emergency stop; the caller wakes the control thread afterwards."""
+        self.governor.estop(reason)
+        if self._worker is not None:
+            self._worker.interrupt()
+
+    def reset(self) -> None:
+        self.governor.reset()
+
+    def retune(self, tolerance: list[float]) -> None:
+        """Answer within other tolerances [m] from the next step on."""
+        self._tolerance = tolerance
+
+    # ------------------------------------------------------------------------------------------- control thread
+
+    def due_ns(self) -> int:
+        """When `tick` has to be called next."""
+        return min(self.governor.due_ns(), self._warm_ns)
+
+    def tick(self) -> None:
+        """Do what is due without an observation."""
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._warm_ns and self._observation is not None:
+            self._warm_ns = NEVER_NS
+            self._cached.lookup(self._observation)
+        if now_ns < self.governor.due_ns():
+            return
+        command = self.governor.tick(now_ns)
+        if command is not None:
+            self._publish(command)
+            self._record(Step(now_ns, 0.0, self.governor.cause, None, None, command, 0.0, 0.0, 0.0))
+            self._collect(now_ns)
+
+    def step(self, topic: str, message: Any) -> None:
+        """Take one message; if it completes an observation, answer it at once."""
+        arrived_ns = time.monotonic_ns()
+        governor = self.governor
         try:
-            observation = self._read(message)
-            self._cached.card.check(observation)
-            began_ns = time.perf_counter_ns()
-            answer = self._cached.lookup(observation)
-            looked_ns = decided_ns = time.perf_counter_ns()
+            if not self.assembler.take(topic, message, arrived_ns):
+                return
+            observation = self.assembler.observation(arrived_ns)
+            stamp_ns = self.assembler.stamp_ns
+            self._fresh.check(stamp_ns, observation, arrived_ns)
+            if governor.last is None:
+                governor.begin(self._binding.standing(observation))
+            interval_ns, self._arrived_ns = arrived_ns - self._arrived_ns, arrived_ns
+            regular = 2 * WARM_NS < interval_ns < 2 * self._period_ns
+            self._observation, self._warm_ns = observation, arrived_ns + interval_ns - WARM_NS if regular else NEVER_NS
+            source, answer, lookup_us, policy_us = self._decide(observation, arrived_ns)
             if answer is None:
-                answer = self._cached.fallback(observation)
-                decided_ns = time.perf_counter_ns()
+                governor.observed_ns = arrived_ns
+                command = governor.react(source, time.monotonic_ns())
+            else:
+                command = governor.answer(self._binding.command(answer.action.tolist()), time.monotonic_ns())
+                governor.observed_ns = arrived_ns
         except ObservationError as error:
-            self.rejection = str(error)
+            self.rejection = f"{topic}: {error}"
             self.rejected += 1
-            return False
-        self._publish(answer.action)
-        published_ns = time.perf_counter_ns()
-        self._last, self.stale = answer.action, False
-        lookup_us, policy_us = (looked_ns - began_ns) / 1e3, (decided_ns - looked_ns) / 1e3
+            return
+        self._publish(command)
+        published_ns = time.monotonic_ns()
         latency_us = (published_ns - arrived_ns) / 1e3
-        if policy_us:
+        self.latency_us.add(latency_us)
+        self.deadline_misses += published_ns - arrived_ns > self._deadline_ns or source == ON_DEADLINE
+        if governor.cause != POLICY:  # the emergency stop may have come meanwhile
+            source, answer = governor.cause, None
+        if answer is not None:
+            self._count(answer, lookup_us, policy_us)
+        self._record(
+            Step(arrived_ns, stamp_ns / 1e9, source, observation, answer, command, lookup_us, policy_us, latency_us)
+        )
+        self._collect(published_ns)
+
+    def _decide(self, observation: NDArray[np.float32], arrived_ns: int) -> tuple[int, Answer | None, float, float]:
+        """The source, the answer or None, and the times of looking up and of the policy [us]."""
+        assert self._worker is not None
+        if self.governor.stopped:
+            return ON_ESTOP, None, 0.0, 0.0
+        if beyond := self.assembler.beyond(observation):
+            self.beyond = beyond
+            return ON_LIMIT, None, 0.0, 0.0
+        if self._tolerance is not None:
+            self._cached.set_tolerance(self._tolerance)
+            self._tolerance = None
+        began_ns = time.monotonic_ns()
+        answer = self._cached.lookup(observation)
+        looked_ns = time.monotonic_ns()
+        lookup_us = (looked_ns - began_ns) / 1e3
+        if answer is not None and self.budget is not None and not self.budget.pay(answer.bound, looked_ns):
+            self.budget_refusals += 1
+            answer = None
+        if answer is not None:
+            return answer.region, answer, lookup_us, 0.0
+        found = self._worker.ask(observation, max(0.0, (self._deadline_ns - (looked_ns - arrived_ns)) / 1e9))
+        if found is None:
+            return ON_DEADLINE, None, lookup_us, 0.0
+        return POLICY, found[0], lookup_us, found[1]
+
+    def _count(self, answer: Answer, lookup_us: float, policy_us: float) -> None:
+        if answer.region < 0:
             self.misses += 1
             self.policy_us.add(policy_us)
         else:
             self.hits += 1
             self.hit_us.add(lookup_us)
-        self.latency_us.add(latency_us)
-        self.deadline_misses += latency_us > self._deadline_us
-        stamp = message.header.stamp
-        self._record(Step(stamp.sec + stamp.nanosec * 1e-9, observation, answer, lookup_us, policy_us, latency_us))
-        if published_ns * 1e-9 - self._collected_s > GC_PERIOD_S:
-            gc.collect()
-            self._collected_s = published_ns * 1e-9
-        return True
+            if len(tolerance := self._cached.tolerance):
+                self.margin.add(float((answer.bound / np.maximum(tolerance, 1e-300)).max()))
+        if (answer.region < 0) != (self._region < 0) and self.hits + self.misses > 1:
+            # Between two answers the command moves by what the policy itself moves, and at most both bounds more.
+            self.handovers += 1
+            np.maximum(self.handover_bound, self._bound + answer.bound, out=self.handover_bound)
+        self._region, self._bound = answer.region, answer.bound
 
-    def time_out(self) -> None:
-        """No usable observation for too long: publish the reaction, unless nothing has been answered yet."""
-        self.timeouts += not self.stale
-        self.stale = True
-        if self._last is not None:
-            self._publish(self._last if self._on_timeout is None else self._on_timeout)
+    def _collect(self, now_ns: int) -> None:
+        if now_ns - self._collected_ns > GC_PERIOD_NS:
+            gc.collect()
+            self._collected_ns = now_ns

@@ -5,10 +5,12 @@ Only what rclpy has since Humble is used.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import rclpy
@@ -18,9 +20,15 @@ from rclpy.exceptions import NameValidationException, ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.validate_topic_name import validate_topic_name
 from std_msgs.msg import Float64MultiArray, MultiArrayDimension
 
+from laws_ros.core.card import Card
 from laws_ros.core.errors import ConfigError, LawsError
+from laws_ros.core.observation import Binding
+from laws_ros.runtime.files import load_yaml, resolve
+
+from . import exits
 
 SENSOR_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 COMMAND_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
@@ -63,6 +71,40 @@ def values(node: Node, parameters: Sequence[Declared]) -> dict[str, Any]:
     return {p.name: [] if found[p.name].value is None else found[p.name].value for p in parameters}
 
 
+def binding_of(node: Node, p: dict[str, Any], card: Card, policy_sha256: str | None) -> Binding:
+    """The checked binding that the parameters `binding` or else `controller_name` ask for.
+
+    Raises:
+        ConfigError: both or neither are set, or the file is no binding.
+        CardError: it does not fit the card.
+        NameValidationException: a topic of it is no name.
+    """
+    if bool(p["binding"]) == bool(p["controller_name"]):
+        what = "neither parameter binding nor" if not p["binding"] else "both parameters binding and"
+        raise ConfigError(f"node {node.get_fully_qualified_name()}: {what} controller_name is set; set one of them")
+    if p["binding"]:
+        path = resolve(p["binding"])
+        found = Binding.from_dict(load_yaml(path), str(path))
+    else:
+        found = Binding.of_card(card, f"{p['controller_name']}/commands")
+    for name in (found.commands, *(topic.name for topic in found.topics)):
+        validate_topic_name(name)
+    return found.check(card, policy_sha256)
+
+
+def message_class(kind: str) -> Any:
+    """The class of "package/msg/Name".
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    package, _, name = kind.partition("/msg/")
+    try:
+        return getattr(import_module(f"{package}.msg"), name)
+    except ModuleNotFoundError:
+        raise ConfigError(f"message type {kind}: the package {package} is not installed") from None
+
+
 def labelled(columns: Sequence[str]) -> Float64MultiArray:
     """An array message whose layout names its columns, so that a recording explains itself."""
     message = Float64MultiArray()
@@ -100,10 +142,12 @@ def run(make: Callable[[], Any]) -> int:
         The node's exit code (0 after SIGINT and SIGTERM), or 2 for bad parameters, with one line on stderr.
     """
     node: Any = None
+    executor: Any = None
     begun = False
     try:
         rclpy.init()
         begun = True
+        exits.running()
         node = make()
         if node.start():
             executor = SingleThreadedExecutor()
@@ -116,9 +160,13 @@ def run(make: Callable[[], Any]) -> int:
             print("error:", " ".join(str(error).split()), file=sys.stderr)
             return 2
     finally:
+        exits.ending()
         if node is not None:
             node.stop()
+            if executor is not None:
+                executor.shutdown(timeout_sec=0)  # it holds handles; the node would not leave the graph
             node.destroy_node()
-        if rclpy.ok():
-            rclpy.shutdown()
+        with contextlib.suppress(RCLError):  # rclpy's own handler may be at it, too
+            if rclpy.ok():
+                rclpy.shutdown()
     return 0 if node is None else node.exit_code

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
+from laws_ros.core.certificate import COLLAPSED, KINDS, check_kinds
 from laws_ros.core.errors import ConfigError, ObservationError
 from laws_ros.core.library import Library
 
-from .experts import experts_model
-from .policy import Policy, session
+from .experts import Experts
+from .policy import Policy
 from .routing import Router
 
 
@@ -25,11 +25,13 @@ class Answer(NamedTuple):
         action: float32 [m] within the card's limits; a decision: float32 [1], the index.
         region: index of the region that answered, -1 for the full policy.
         bound: [m] certified |action - policy(observation)|, action units; zeros for the policy and for decisions.
+        kind: of the certificate (core.certificate.KINDS); "policy" for the full policy.
     """
 
     action: NDArray[np.float32]
     region: int
     bound: NDArray[np.float64]
+    kind: str
 
 
 class CachedPolicy:
@@ -41,28 +43,58 @@ class CachedPolicy:
     Attributes:
         library, policy, card: what it was opened with.
         tolerance: [m] action units; per action.
+        kinds: of the certificates that may answer.
     """
 
-    def __init__(self, library: Library, policy: Policy, tolerance: Sequence[float] | None = None) -> None:
-        """Raises ConfigError for a tolerance of the wrong length, negative or NaN."""
+    def __init__(
+        self,
+        library: Library,
+        policy: Policy,
+        tolerance: Sequence[float] | None = None,
+        kinds: Iterable[str] | None = None,
+    ) -> None:
+        """Raises ConfigError for a tolerance of the wrong length, negative or NaN, or a kind that does not exist.
+
+        Args:
+            tolerance: one for all actions or one each, action units; the library's own if None.
+            kinds: of certificates that may answer; None or none at all: the formal ones (core.certificate.FORMAL).
+        """
         self.library, self.policy, self.card = library, policy, policy.card
         self.tolerance = check_tolerance(library.tolerance if tolerance is None else tolerance, policy)
         self._low = np.array([c.low for c in self.card.actions], np.float32)
         self._high = np.array([c.high for c in self.card.actions], np.float32)
         self._none = np.zeros(policy.actions if self.card.decision == "none" else 1)
-        self.router = Router(library, self.tolerance)
-        self._experts = self._open_experts(policy.actions) if self.card.decision == "none" else None
+        self.kinds = check_kinds(kinds or ())
+        self.router = Router(library, self.tolerance, self.kinds)
+        self._kind = [KINDS[code] for code in library.certificates.kind]
+        self._experts, self._beyond = None, [False] * len(library)
+        if self.card.decision == "none" and len(library):
+            self._experts, self._beyond = Experts(library.certificates, policy), self._may_leave_limits()
 
     @classmethod
     def open(
-        cls, library_path: str | Path, policy_path: str | Path, *, tolerance: Sequence[float] | None = None
+        cls,
+        library_path: str | Path,
+        policy_path: str | Path,
+        *,
+        tolerance: Sequence[float] | None = None,
+        kinds: Iterable[str] | None = None,
     ) -> CachedPolicy:
-        """Open a policy and its library.
+        """Open a policy and its library; arguments as above.
 
         Raises:
-            LawsError: either file is missing or damaged, or they do not belong together.
+            LawsError: either file is missing or damaged, they do not belong together, or an argument is wrong.
         """
-        return cls(*open_pair(library_path, policy_path), tolerance)
+        return cls(*open_pair(library_path, policy_path), tolerance, kinds)
+
+    def set_tolerance(self, tolerance: Sequence[float]) -> None:
+        """Other tolerances from the next observation on; cheap, so it may happen between two control steps.
+
+        Raises:
+            ConfigError: wrong length, a NaN, negative or infinite; the old ones stay.
+        """
+        self.tolerance = check_tolerance(tolerance, self.policy)
+        self.router.set_tolerance(self.tolerance)
 
     def lookup(self, observation: NDArray[np.float32]) -> Answer | None:
         """The cheapest certified answer at observation [n], or None where only the policy may answer."""
@@ -70,14 +102,11 @@ class CachedPolicy:
         if region < 0:
             return None
         if self._experts is None:
-            return Answer(np.array([self.router.wins.argmax()], np.float32), region, self._none)
-        self._index[0] = region
-        self._observation[:-1] = self.router.observation
-        self._experts.run_with_iobinding(self._binding)
-        action = self._action.copy()
+            return Answer(np.array([self.router.wins.argmax()], np.float32), region, self._none, self._kind[region])
+        action = self._experts(region, self.router.observation).copy()
         if self._beyond[region]:
             np.minimum(np.maximum(action, self._low, out=action), self._high, out=action)
-        return Answer(action, region, self.router.bound.copy())
+        return Answer(action, region, self.router.bound.copy(), self._kind[region])
 
     def fallback(self, observation: NDArray[np.float32]) -> Answer:
         """The full policy's answer at observation [n].
@@ -88,33 +117,21 @@ class CachedPolicy:
         output = self.policy(observation)
         if not np.isfinite(output).all():
             raise ObservationError(f"the policy answers {output.tolist()} at {observation.tolist()}: not finite")
-        return Answer(self.policy.decide(output), -1, self._none)
+        return Answer(self.policy.decide(output), -1, self._none, "policy")
 
     def answer(self, observation: NDArray[np.float32]) -> Answer:
         """The certified answer if there is one, else the policy's."""
         return self.lookup(observation) or self.fallback(observation)
 
-    def _open_experts(self, outputs: int) -> ort.InferenceSession | None:
-        if not len(self.library):
-            return None
+    def _may_leave_limits(self) -> list[bool]:
+        """Per expert: does its answer have to be cut to the card's limits somewhere in its region?"""
         certificates = self.library.certificates
-        experts = session(experts_model(certificates).SerializeToString(), "experts")
-        self._index, self._action = np.zeros(1, np.int64), np.zeros(outputs, np.float32)
-        self._observation = np.ones(self.policy.observations + 1, np.float32)
-        self._binding = experts.io_binding()
-        # Bound to these very buffers: a query writes into them, and nothing is allocated per step.
-        inputs = (("index", self._index, (1,)), ("observation", self._observation, (1, len(self._observation), 1)))
-        for name, array, shape in inputs:
-            self._binding.bind_input(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
-        self._binding.bind_output("action", "cpu", 0, np.float32, (1, outputs, 1), self._action.ctypes.data)
-        # Only experts that can leave the limits somewhere in their region need to be clipped.
         generators, _ = certificates.regions.generators()
         weight = certificates.expert_weight.astype(float)
         middle = np.einsum("eri,ei->er", weight, certificates.center) + certificates.expert_bias
         swing = np.abs(weight @ generators).sum(axis=2) + 1e-5 * (1.0 + np.abs(middle))
-        within = (middle - swing >= self._low) & (middle + swing <= self._high)
-        self._beyond: list[bool] = (~within).any(axis=1).tolist()
-        return experts
+        within = ((middle - swing >= self._low) & (middle + swing <= self._high)).all(axis=1)
+        return (~within | certificates.among(COLLAPSED)).tolist()  # type: ignore[no-any-return]
 
 
 def open_pair(library_path: str | Path, policy_path: str | Path, threads: int = 1) -> tuple[Library, Policy]:

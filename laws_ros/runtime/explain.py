@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from laws_ros.core.card import Channel
-from laws_ros.core.certificate import decision_pairs
+from laws_ros.core.certificate import COLLAPSED, KINDS, decision_pairs
 from laws_ros.core.library import Library
+from laws_ros.core.statistical import Evidence
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,17 @@ class Law:
         key: what the questions on the way to it add up to, as "-0.1 <= hinge.position < 0.03 rad".
         box: per observation, the interval that encloses the region, with its unit.
         expert: one formula per action (per pair of alternatives for a decision).
-        bound: per action, certified error at the region's centre and at its worst point, action units.
+        kind: what stands behind the bound (core.certificate.KINDS). standing: the same in words.
+        bound: per action, largest error at the region's centre and at its worst point, action units; certified, except
+            for kind `statistical`.
         probability: expected share of queries that it answers (KT estimate from visits).
         hits: training observations that it answers.
     """
 
     id: str
     region: int
+    kind: str
+    standing: str
     key: list[str]
     box: list[dict[str, object]]
     expert: list[str]
@@ -39,11 +44,29 @@ class Law:
         lines.append("  key:    " + (" and ".join(self.key) or "everything"))
         lines += [f"  where:  {b['low']:.4g} <= {b['name']} <= {b['high']:.4g} {b['unit']}".rstrip() for b in self.box]
         lines += [f"  answer: {law}" for law in self.expert]
+        lines.append(f"  kind:   {self.kind}: {self.standing}")
         lines += [
             f"  within: {b['at_center']:.3g} central, {b['worst']:.3g} at worst, of {b['name']} {b['unit']}".rstrip()
             for b in self.bound
         ]
         return "\n".join(lines)
+
+
+_STANDING = {
+    "linear": "proved for every observation here, by affine bounds",
+    "point": "proved for this one observation: its answer, replayed",
+    "lipschitz": "proved for every observation here, by samples and the largest slope between them",
+    "exact": "proved for every observation here: neurons that cannot change state are folded away",
+    "mixed": "proved for every observation here: neurons that hardly bend are made straight",
+}
+
+
+def _tested(e: Evidence) -> str:
+    drawn = "one per fresh episode" if e.episodes == e.samples else f"from {e.episodes} fresh episodes"
+    return (
+        f"tested, nothing is proved: {e.exceedances} of {e.samples} observations, {drawn}, were further off; so with "
+        f"confidence 1 - {e.beta:.2g} at most {e.delta:.2%} of the traffic here is"
+    )
 
 
 def explain(library: Library, regions: list[int]) -> list[Law]:
@@ -65,19 +88,24 @@ def explain(library: Library, regions: list[int]) -> list[Law]:
     total = int(library.visits.sum())
     laws = []
     for k in regions:
+        kind = KINDS[c.kind[k]]
         reach = np.abs(generators[k]).sum(axis=1)
         key = _key(library, c.center[k])
         laws.append(
             Law(
                 id=library.ids[k],
                 region=int(k),
+                kind=kind,
+                standing=_STANDING.get(kind) or _tested(Evidence.read(c.octets.row(k))),
                 key=key,
                 box=[
                     {"name": o.name, "unit": o.unit, "low": float(mid - r), "high": float(mid + r)}
                     for o, mid, r in zip(card.observations, c.center[k], reach, strict=True)
                 ],
                 expert=[
-                    _formula(name, unit, card.observations, c.expert_weight[k, r], float(c.expert_bias[k, r]))
+                    f"{name} = the policy with {int(c.cost[k])} multiplications left"
+                    if kind in COLLAPSED
+                    else _formula(name, unit, card.observations, c.expert_weight[k, r], float(c.expert_bias[k, r]))
                     for r, (name, unit) in enumerate(names)
                 ],
                 bound=[

@@ -54,7 +54,7 @@ class Policy:
         rest = inputs[0].shape[1:] if len(inputs[0].shape) > 1 else inputs[0].shape
         if not all(isinstance(d, int) for d in rest):
             raise ModelError(f"{self.path}: input {self._input} has shape {inputs[0].shape}; only batch may be free")
-        self._shape = (1, *rest) if len(inputs[0].shape) > 1 else tuple(rest)
+        self.shape = (1, *rest) if len(inputs[0].shape) > 1 else tuple(rest)
         self.observations = int(np.prod(rest))
         self.context_cache: ContextCache | None = None
         self.actions = int(self(np.zeros(self.observations, np.float32)).size)
@@ -76,7 +76,7 @@ class Policy:
 
     def __call__(self, observation: Floats) -> Floats:
         """The action [m] at one observation [n]."""
-        feed = {self._input: np.ascontiguousarray(observation, np.float32).reshape(self._shape)}
+        feed = {self._input: np.ascontiguousarray(observation, np.float32).reshape(self.shape)}
         outputs = self.session.run([self._output], feed) if self.context_cache is None else self.context_cache(feed)
         result: Floats = outputs[0].reshape(-1)
         return result
@@ -87,7 +87,7 @@ class Policy:
         if self._batch_session is None or len(observations) == 0:
             return np.array([self(x) for x in observations], np.float32).reshape(-1, self.actions)
         parts = [
-            self._batch_session.run([self._output], {self._input: part.reshape(-1, *self._shape[1:])})[0]
+            self._batch_session.run([self._output], {self._input: part.reshape(-1, *self.shape[1:])})[0]
             for part in np.array_split(observations, -(-len(observations) // 4096))
         ]
         return np.concatenate(parts).reshape(-1, self.actions)
@@ -118,7 +118,7 @@ class Policy:
             if value.name in (self._input, self._output):
                 value.type.tensor_type.shape.dim[0].dim_param = "batch"
         del model.graph.value_info[:]
-        probe = np.linspace(-1, 1, 3 * self.observations, dtype=np.float32).reshape(3, *self._shape[1:])
+        probe = np.linspace(-1, 1, 3 * self.observations, dtype=np.float32).reshape(3, *self.shape[1:])
         try:
             candidate = session(model.SerializeToString(), str(self.path), threads)
             got = candidate.run([self._output], {self._input: probe})[0].reshape(3, -1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laws_ros.core import router
+from laws_ros.core.certificate import FORMAL
 from laws_ros.core.library import Library
 from laws_ros.core.router import Tables
 
@@ -37,7 +39,7 @@ class Router:
         wins: [m] after a hit on a decision library, pairs won by each alternative; the largest is the decision.
     """
 
-    def __init__(self, library: Library, tolerance: NDArray[np.float64]) -> None:
+    def __init__(self, library: Library, tolerance: NDArray[np.float64], kinds: Iterable[str] = FORMAL) -> None:
         card = library.card
         rows, discrete = library.certificates.bound_offset.shape[1], card.decision != "none"
         self.observation = np.zeros(len(card.observations), np.float32)
@@ -45,7 +47,7 @@ class Router:
         self._arguments: tuple[Any, ...] = (
             np.zeros(rows) if discrete else np.array(tolerance, dtype=float),
             len(card.actions) if discrete else 0,
-            *Tables.of(library.certificates, library.trie),
+            *Tables.of(library.certificates, library.trie, kinds),
             np.zeros(len(card.observations)),
             self.bound,
             self.wins,
@@ -57,6 +59,10 @@ class Router:
         self.observation[:] = observation
         region: int = _route(self.observation, *self._arguments)
         return region
+
+    def set_tolerance(self, tolerance: NDArray[np.float64]) -> None:
+        """Other tolerances [r] from the next observation on; nothing is rebuilt. Without effect on a decision."""
+        self._arguments[0][:] = tolerance if len(tolerance) else 0.0
 
     def many(self, observations: NDArray[Any]) -> NDArray[np.int64]:
         """The same for observations [N, n]."""

@@ -1,0 +1,119 @@
+"""Endurance: simulator and controller for minutes or hours, with an emergency stop every ten seconds.
+
+    python benchmarks/soak.py [--minutes 2] [--max-growth-mb 4] [--json]
+
+Once a second the resident memory, threads and open files of both processes are read, and the statistics of the
+controller's answers are taken. Exit code 1 if memory grew by more than allowed between the first quarter's end and the
+run's end, a thread or file was left behind, an emergency stop was missed or not released, a decision was lost
+(`step` has a gap), or either process ended. One hour: --minutes 60.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from robot import Bench  # beside this file
+
+from laws_ros.core.safety import ON_ESTOP
+
+ESTOP_EVERY_S = 10.0
+
+
+def footprint(pid: int) -> tuple[float, int, int]:
+    """Resident memory [MB], threads and open files of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "Threads"))}
+    return int(values["VmRSS"]) / 1024.0, int(values["Threads"]), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def run(minutes: float, max_growth_mb: float) -> tuple[dict[str, Any], bool]:
+    """The figures, and whether all is well."""
+    with Bench() as bench:
+        nodes = {"controller": bench.start("controller", **{"budget.capacity": [20.0], "budget.drain_per_s": [100.0]})}
+        nodes["simulator"] = bench.start("simulator", seed=1)
+        if not bench.until(lambda: len(bench.rows) > 100):
+            for child in nodes.values():
+                child.complain()
+        seen: dict[str, list[tuple[float, int, int]]] = {name: [] for name in nodes}
+        stops: list[float] = []
+        missed = lost = answers = hits = 0
+        step: float | None = None
+        latency: list[float] = []
+        begun = shown = time.monotonic()
+        next_stop = begun + ESTOP_EVERY_S / 2
+        while (now := time.monotonic()) < begun + 60.0 * minutes:
+            bench.spin(1.0)
+            for name, child in nodes.items():
+                if not child.running():
+                    child.complain()
+                seen[name].append(footprint(child.process.pid))
+            rows, bench.rows = bench.rows, []
+            table = np.array([row for _, row in rows]).reshape(len(rows), -1)
+            for row in table[table[:, bench.column("region")] >= -1] if len(table) else ():
+                count = row[bench.column("step")]
+                lost += 0 if step is None else int(count - step - 1)
+                step = count
+                answers += 1
+                hits += row[bench.column("region")] >= 0
+                latency.append(row[bench.column("latency_us")])
+            latency = latency[-10_000:]
+            if now >= next_stop:
+                next_stop = now + ESTOP_EVERY_S
+                began = time.monotonic()
+                bench.trigger("controller/estop")
+                took = bench.reacted(ON_ESTOP, began, 5.0)
+                missed += took is None
+                if took is not None:
+                    stops.append(took)
+                bench.trigger("controller/estop_reset")
+                missed += not bench.answering(5.0)
+            if now - shown > 30.0:
+                shown = now
+                memory = ", ".join(f"{name} {values[-1][0]:.1f} MB" for name, values in seen.items())
+                print(f"soak {(now - begun) / 60:.1f} min: {answers} answers, {memory}", file=sys.stderr, flush=True)
+        result: dict[str, Any] = {
+            "minutes": minutes,
+            "answers": answers,
+            "hit_rate": hits / max(1, answers),
+            "lost_decisions": lost,
+            "estops": len(stops),
+            "estops_missed": missed,
+            "estop_ms": {"p50": float(np.median(stops)), "max": max(stops)},
+            "latency_us": dict(zip(("p50", "p99"), np.percentile(latency, (50, 99)).tolist(), strict=True)),
+        }
+        good = missed == lost == 0
+        for name, values in seen.items():
+            first = values[len(values) // 4]
+            # The median of the last tenth: a single garbage collection is not a trend.
+            last = [float(np.median(column)) for column in zip(*values[-max(1, len(values) // 10) :], strict=True)]
+            result[name] = {
+                "rss_mb": last[0],
+                "growth_mb": last[0] - first[0],
+                "threads": last[1] - first[1],
+                "open_files": last[2] - first[2],
+            }
+            good = good and last[0] - first[0] <= max_growth_mb and last[1] <= first[1] and last[2] <= first[2]
+    return result, good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--max-growth-mb", type=float, default=4.0)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    result, good = run(options.minutes, options.max_growth_mb)
+    print(json.dumps(result) if options.json else json.dumps(result, indent=2))
+    print("all well" if good else "NOT well", file=sys.stderr)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""`python -m laws_ros.nodes NAME` runs a node; signals end it cleanly even while its imports are under way."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from . import exits
+
+NODES = ("controller", "simulator")
+
+
+def main(name: str) -> NoReturn:
+    """Run the node and end the process with its exit code."""
+    exits.install()
+    code: int = import_module(f"laws_ros.nodes.{name}").main()
+    gc.collect()  # what DDS still holds, down to its shared memory
+    # Taking the interpreter down as well would cost hundreds of milliseconds (seconds on a busy machine), and signals
+    # would be fatal again meanwhile.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in NODES:
+        sys.exit(f"usage: python -m laws_ros.nodes {'|'.join(NODES)} [--ros-args ...]")
+    main(sys.argv.pop(1))

@@ -1,0 +1,104 @@
+"""Growth: what its boxes must get right, on policies whose shape is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import yaml
+from onnx import helper
+
+from laws_ros.build.grow import grow
+from laws_ros.core.card import Card, Channel
+from laws_ros.runtime.onnx_graph import load_network
+from laws_ros.runtime.policy import Policy
+from laws_ros.runtime.routing import Router
+from tests.support import save_model
+
+TOLERANCE = np.array([0.05, 0.05])
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory):
+    """clip(K x + b(mode)), two actions over three sensors and a mode of three values, as a hand-made network."""
+    constants = {
+        "gain": np.array([[2.0, 0.3], [-1.0, 1.5], [0.5, -2.0], [0.0, 0.0]], np.float32),
+        # mode m makes relu(m - 0.5) and relu(m - 1.5), which shift the actions
+        "ramp": np.array([[0.0, 0.0, 0.0, 1.0]] * 2, np.float32),
+        "at": np.array([-0.5, -1.5], np.float32),
+        "shift": np.array([[1.5, -4.0], [-1.0, 3.0]], np.float32),
+        "low": np.array(-1.0, np.float32),
+        "high": np.array(1.0, np.float32),
+    }
+    nodes = [
+        helper.make_node("Gemm", ["observation", "ramp", "at"], ["z"], transB=1),
+        helper.make_node("Relu", ["z"], ["r"]),
+        helper.make_node("Gemm", ["r", "shift"], ["b"], transB=1),
+        helper.make_node("MatMul", ["observation", "gain"], ["kx"]),
+        helper.make_node("Add", ["kx", "b"], ["free"]),
+        helper.make_node("Clip", ["free", "low", "high"], ["action"]),
+    ]
+    path = save_model(tmp_path_factory.mktemp("grow") / "p.onnx", nodes, constants, 4, 2)
+    card = Card(
+        "p",
+        (*(Channel(f"s{k}", "rad") for k in range(3)), Channel("mode")),
+        (Channel("a", "", -1.0, 1.0), Channel("b", "", -1.0, 1.0)),
+        context=("mode",),
+    )
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(card.to_dict()))
+    return Policy(path), load_network(path)
+
+
+def observations(count, seed):
+    rng = np.random.default_rng(seed)
+    mode = rng.choice(3, size=count, p=[0.6, 0.3, 0.1])
+    mixing = np.array([[0.5, 0.2, 0.0], [0.0, 0.3, 0.1], [0.0, 0.0, 0.4]])
+    return np.column_stack([rng.normal(size=(count, 3)) @ mixing, mode]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def grown(arm):
+    policy, network = arm
+    x = observations(20_000, 0)
+    return grow(policy, network, x, policy.batch(x), TOLERANCE)
+
+
+def test_a_clipped_affine_policy_takes_few_regions(arm, grown):
+    fresh = observations(5_000, 1)
+    hit = Router(grown.library, TOLERANCE).many(fresh) >= 0
+    at_limit = (np.abs(arm[0].batch(fresh)) == 1.0).any(axis=1)
+    assert 0.2 < at_limit.mean() < 0.8  # the test tests something
+    assert grown.train_coverage > 0.99
+    assert hit.mean() > grown.train_coverage - 0.03
+    assert len(grown.library) < 250  # boxes that straddle limits, as they once did: 1,845, and 83% of fresh ones
+    assert int(grown.library.visits.sum()) == round(grown.train_coverage * 20_000)
+
+
+def test_answers_are_within_tolerance_and_stay_in_their_mode(arm, grown):
+    fresh = observations(5_000, 2)
+    found = Router(grown.library, TOLERANCE).many(fresh)
+    certificates = grown.library.certificates
+    hit = found >= 0
+    inside, value, bound = certificates.at(found[hit], fresh[hit])
+    assert inside.all()
+    assert (np.abs(value - arm[0].batch(fresh[hit])) <= bound + 1e-6).all()  # the reference adds in float64
+    assert (bound <= TOLERANCE).all()
+    assert (np.abs(certificates.center[found[hit], 3] - fresh[hit, 3]) < 1e-3).all()
+    between = fresh.copy()
+    between[:, 3] += 0.5  # no mode: nothing was learned there
+    assert (Router(grown.library, TOLERANCE).many(between) < 0).all()
+
+
+def test_same_observations_same_library(arm, grown):
+    policy, network = arm
+    x = observations(20_000, 0)
+    again = grow(policy, network, x, policy.batch(x), TOLERANCE)
+    assert again.certificates_tried == grown.certificates_tried
+    assert again.library.ids == grown.library.ids
+
+
+def test_budgets_are_kept(arm):
+    policy, network = arm
+    x = observations(5_000, 3)
+    assert len(grow(policy, network, x, policy.batch(x), TOLERANCE, max_regions=3).library) <= 3
+    none = grow(policy, network, x, policy.batch(x), TOLERANCE, max_certificates=0)
+    assert (len(none.library), none.certificates_tried, none.train_coverage) == (0, 0, 0.0)
