@@ -179,7 +179,8 @@ class Proof:
         # ones, of which the larger is half of `spread` + |lean|. Every addition rounds one; every product rounds too.
         own = 4 * _rounding(depth, _U64) * spread
         partial = 0.5 * (spread + np.abs(lean)) + own
-        error = (1.0 + _rounding(terms + 3, _U32)) * terms * _U32 * partial + _rounding(4, _U32) * volume + own
+        error = (1.0 + _rounding(terms + 3, _U32)) * terms * _U32 * partial + _rounding(4, _U32) * volume
+        error = np.minimum(error, _rounding(terms + 2, _U32) * volume) + own  # less for very few terms
         error = (error + (2 * terms + 6 + flushed) * _TINY) * _MORE
         self.error[index] = np.where(volume < 2.0**126, error, np.inf)
         constant = self.error[index] + 2 * _U64 * np.abs(node.bias)
@@ -333,7 +334,7 @@ def _above(node: Elementwise, low: Array, high: Array, sign: float) -> tuple[Arr
         return sign * slope, offset
     if shape == "convex":
         bend = high if sign > 0 else low
-        return _tangent(lambda z: sign * node(z), lambda z: sign * node.derivative(z), low, high, bend, sign * _LEAN)
+        return _tangent(lambda z: sign * node(z), lambda z: sign * node.derivative(z), low, high, bend, 0.0)
     kinks = [np.clip(kink, low, high) for kink in facts.kinks(node.parameters)]
     curvature = facts.curvature(node.parameters)
     steps = _STEPS if curvature else 1

@@ -60,13 +60,14 @@ def sum_error(terms: Any, largest: Any, volume: Any) -> Any:
 
     An addition errs by at most u times its result (Higham, Accuracy and Stability, eq. 4.3), and whatever the order,
     that is the sum of some of the terms: at most `largest`, the larger one of the sum of all positive and the sum of
-    all negative terms.
+    all negative terms. Never more than gamma_k (eq. 4.4) times the sum of all magnitudes.
 
     Args:
         terms: how many are not zero, the bias apart. volume: sum of their magnitudes.
     """
     added = (terms + 1.0) * UNIT32 * (1.0 + gamma(terms + EXECUTION_TERMS + 1.0))
-    return added * largest + gamma(EXECUTION_TERMS + 1.0) * volume
+    sharp, plain = added * largest + gamma(EXECUTION_TERMS + 1.0) * volume, gamma(terms + EXECUTION_TERMS) * volume
+    return 0.5 * (sharp + plain - abs(sharp - plain))  # the smaller one; plain is, for very few terms
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def _matrices(node: Affine, backend: Backend) -> tuple[list[_Matrix], Any]:
         for weight in node.weights:
             single = weight.astype(backend.single)
             mass = np.abs(weight) if weight.ndim == 1 else np.abs(weight).sum(axis=1)
-            arrays = (backend.array(k) for k in (weight, single, np.abs(single)))
-            matrices.append(_Matrix(*arrays, float(mass.max(initial=0.0)) * INFLATE))
+            double, single, magnitude = (backend.array(k) for k in (weight, single, np.abs(single)))
+            matrices.append(_Matrix(double, single, magnitude, float(mass.max(initial=0.0)) * INFLATE))
         kept[backend] = matrices, backend.array(node.bias)
     return kept[backend]
 
