@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := setup.py setup.cfg pyproject.toml
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types torch test-marabou test-install bench fuzz clean
+.PHONY: help run test lint types torch test-marabou test-install bench soundness soak fuzz clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -32,6 +32,14 @@ test-marabou: .venv/.test ## hand small certificates to Marabou, another group's
 bench: .venv/.test ## what a hit and a certificate cost on this machine (two minutes)
 	@$(BIN)/python benchmarks/hot_path.py
 	@$(BIN)/python benchmarks/certify.py
+
+soundness: .venv/.test ## ten million samples and 100,000 attacks over libraries of all kinds (minutes)
+	$(BIN)/python benchmarks/soundness.py
+
+soak: .venv/.test ## two minutes of the controller at 100 Hz, its faults and its latency
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/soak.py
 
 fuzz: .venv/.test ## attack the bounds of random networks for four minutes
 	$(BIN)/python benchmarks/fuzz.py
