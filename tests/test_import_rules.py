@@ -29,7 +29,8 @@ MESSAGES = {"diagnostic_msgs", "rosgraph_msgs", "sensor_msgs", "std_msgs", "std_
 PARTS["nodes"][1].update(MESSAGES)
 
 HOT = ("runtime.cached_policy", "nodes.controller", "nodes.loop")
-OFFLINE = ("core.bounds", "core.propagate", "core.relax", "core.certify", "core.checker", "build")  # what the hot path must not reach
+# what the hot path must not reach
+OFFLINE = ("core.bounds", "core.propagate", "core.relax", "core.certify", "core.checker", "build")
 HEAVY = {"torch", "gymnasium", "mujoco"}
 
 
