@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from laws_ros.core.network import Network
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
 from tests.support import random_mlp, save_mlp
+
+# A shell starts background jobs with SIGINT ignored, and so would be every process that a test wants to interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(repr=False)

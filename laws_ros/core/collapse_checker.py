@@ -133,7 +133,8 @@ class _Intended:
         above = plus @ np.maximum(high, 0.0) + minus @ np.maximum(-low, 0.0)
         below = plus @ np.maximum(-low, 0.0) + minus @ np.maximum(high, 0.0)
         executed = (1.0 + _rounding(terms + 3, _U32)) * terms * _U32 * np.maximum(above, below)
-        executed += _rounding(4, _U32) * (size @ peak) + _TINY * (2 * terms + 6 + size.sum(axis=1) + peak.sum())
+        executed = np.minimum(executed + _rounding(4, _U32) * (size @ peak), _rounding(terms + 2, _U32) * (size @ peak))
+        executed += _TINY * (2 * terms + 6 + size.sum(axis=1) + peak.sum())
         wrong = np.abs(matrix - self.rows[stage][:, : matrix.shape[1]]) @ peak + part.derived[node][rows]
         return np.where(size @ peak < _HUGE, (executed + wrong) * _MORE, np.inf)
 
