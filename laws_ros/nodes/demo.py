@@ -7,6 +7,7 @@ the policy, run again here through ONNX Runtime, says at the very observation th
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -67,6 +68,13 @@ def run(
     if not seconds > 0:
         raise ConfigError(f"seconds: {seconds:g} is no duration; more than 0 is needed")
     interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     with tempfile.TemporaryDirectory(prefix="laws_demo_") as logs:
         # A domain of its own: robots and other demonstrations on the network neither see nor disturb this one.
         os.environ |= {"ROS_DOMAIN_ID": str(1 + os.getpid() % 100), "ROS_LOG_DIR": logs}
@@ -99,10 +107,12 @@ def run(
             if simulator.process.returncode:
                 simulator.complain()
             recorder.spin(0.3)
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, RuntimeError):  # rclpy turns one that comes while it converts a message into the other
+            if not interrupted:
+                raise
             print("interrupted", file=out)
         finally:
+            signal.signal(signal.SIGINT, before)
             for node in nodes:
                 node.end()
             recorder.close()
