@@ -107,7 +107,7 @@ def run(
             if simulator.process.returncode:
                 simulator.complain()
             recorder.spin(0.3)
-        except (KeyboardInterrupt, RuntimeError):  # rclpy turns one that comes while it converts a message into the other
+        except (KeyboardInterrupt, RuntimeError):  # what the first becomes while rclpy converts a message
             if not interrupted:
                 raise
             print("interrupted", file=out)
