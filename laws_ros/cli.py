@@ -755,12 +755,10 @@ def _render(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    if options.policy == "diffusion":
-        from laws_ros.build.diffusion import train_diffusion as train
-    else:
-        from laws_ros.build.train import train  # type: ignore[assignment]
+    from laws_ros.build import diffusion, train
 
-    result = train(
+    trainer: Callable[..., dict[str, Any]] = train.train if options.policy == "relu" else diffusion.train_diffusion
+    result = trainer(
         options.workload, Path(options.out), seed=options.seed, log=lambda text: print(text, file=sys.stderr)
     )
     _print(options, result, json.dumps(_finite(result), indent=2))

@@ -19,7 +19,7 @@ from laws_ros.core.errors import WorkloadError
 from laws_ros.runtime.policy import Policy
 from tests.support import random_mlp, save_mlp
 
-pytest.importorskip("rosbags", reason="bag tests need rosbags: pip install 'laws_ros[bags]'")
+pytest.importorskip("rosbags", reason="bag tests need rosbags: pip install 'laws_ros[sim]'")
 
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore

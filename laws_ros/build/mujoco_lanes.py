@@ -12,6 +12,7 @@ subclass computes for one lane does not depend on how many there are: elementwis
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ NOISE_BLOCK = 128  # control periods whose noise is drawn at once for a lane
 _FULL = mujoco.mjtState.mjSTATE_FULLPHYSICS
 
 
-class MujocoLanes:
+class MujocoLanes(ABC):
     """Base class of a workload's simulation. A subclass implements start, act, judge and observe.
 
     Attributes:
@@ -89,22 +90,22 @@ class MujocoLanes:
 
     # --------------------------------------------------------------------------------- what a workload implements
 
+    @abstractmethod
     def start(self, lane: int, rng: np.random.Generator) -> None:
         """Begin an episode on a lane whose physics and inputs are as the MJCF file has them: draw what is random, set
         every array of the task. Once per episode, so plain Python is fine."""
-        raise NotImplementedError
 
+    @abstractmethod
     def act(self, actions: Floats) -> None:
         """Write the inputs of the coming period from the commands [lanes, m], which lie within their limits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self) -> tuple[Floats, NDArray[np.bool_]]:
         """Rewards [lanes] of the period that is over, and which lanes' episodes end with it [lanes]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def observe(self, noise: Floats) -> Floats:
         """Observations [lanes, n], a new array; `noise` [lanes, k] are fresh standard normals. Changes nothing."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------ BatchSimulation
 

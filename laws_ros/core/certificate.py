@@ -98,6 +98,9 @@ def _running(lengths: Any) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
+_BELOW: Any = None  # a default that is filled in where the number of certificates is known
+
+
 @dataclass(frozen=True)
 class Certificates:
     """E certified experts over n observations; r rows (actions, or pairs of alternatives).
@@ -118,10 +121,10 @@ class Certificates:
     expert_bias: NDArray[np.float32]
     bound_weight: Array
     bound_offset: Array
-    kind: NDArray[np.uint8] = None  # type: ignore[assignment]  # filled in below, as their lengths are known there
-    cost: NDArray[np.int64] = None  # type: ignore[assignment]
-    floats: Ragged = None  # type: ignore[assignment]
-    octets: Ragged = None  # type: ignore[assignment]
+    kind: NDArray[np.uint8] = _BELOW
+    cost: NDArray[np.int64] = _BELOW
+    floats: Ragged = _BELOW
+    octets: Ragged = _BELOW
 
     def __post_init__(self) -> None:
         count = len(self.center)

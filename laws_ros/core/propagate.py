@@ -621,7 +621,8 @@ class Relaxed:
                 ]
             at = many.center + (many.generators @ corner[:, 0, :, None])[..., 0]
             many._descend(trace, at, touch, pull, DECAY**step)
-        return tuple(xp.reshape(k, (self.count, count, *k.shape[2:])) for k in best)  # type: ignore[return-value]
+        middle, tilt, constant, half = (xp.reshape(k, (self.count, count, *k.shape[2:])) for k in best)
+        return middle, tilt, constant, half
 
     def _each(self, x: Any, count: int) -> Any:
         """[B, ...] -> [B * count, ...], each entry `count` times."""

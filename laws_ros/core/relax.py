@@ -114,46 +114,46 @@ def _convex(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> 
 def _odd(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Found:
     """S-shaped: g = f - f(0) is odd, convex below 0 and concave above.
 
-    Upper line over [l, h], with touching point t >= 0: for z >= 0, concavity gives g(z) <= g(t) + g'(t) (z - t), so
+    Upper line over [a, b], with touching point t >= 0: for z >= 0, concavity gives g(z) <= g(t) + g'(t) (z - t), so
     with slope s, g(z) - s z <= g(t) - s t + (g'(t) - s) (z - t). If s = g'(t), the last term vanishes (its rounding is
-    in the pad); if t = h, it is at most max(0, s - g'(h)) (h - max(l, 0)). For z < 0 convexity puts the largest value
-    of g(z) - s z at l or at 0 (or at h), which the above covers. The touching point is the given one, or if the tangent
-    there cuts the curve, the point whose tangent meets the curve at l (from a table; an inexact one costs tightness
-    only), or h, if that lies beyond h, with the chord's slope. The lower line is the same, mirrored at (0, f(0)).
+    in the pad); if t = b, it is at most max(0, s - g'(b)) (b - max(a, 0)). For z < 0 convexity puts the largest value
+    of g(z) - s z at a or at 0 (or at b), which the above covers. The touching point is the given one, or if the tangent
+    there cuts the curve, the point whose tangent meets the curve at a (from a table; an inexact one costs tightness
+    only), or b, if that lies beyond b, with the chord's slope. The lower line is the same, mirrored at (0, f(0)).
     """
     zero = float(node(np.zeros(1))[0])
-    l, h = np.stack([low, -high]), np.stack([high, -low])  # noqa: E741
-    g_l = node(l)
+    a, b = np.stack([low, -high]), np.stack([high, -low])
+    g_l = node(a)
     if zero:
         g_l -= zero
-    size = np.fmax(-l, 0.0)  # 0 for NaN, too
+    size = np.fmax(-a, 0.0)  # 0 for NaN, too
     tangent = _touching_points(node.function)[((TABLE - 1) - (TABLE - 1) / (1.0 + size)).astype(np.intp)]
     width = high - low
     along = 0.5 + LEAN if touch is None else np.stack([touch[1], 1.0 - touch[0]])
-    t = np.minimum(np.maximum(tangent, l + along * width), h)
+    t = np.minimum(np.maximum(tangent, a + along * width), b)
     f_t = node(t)
     slope_t = node.derivative(t) if node.facts.by_value is None else node.facts.by_value(f_t)
     chord = (g_l[0] + g_l[1]) / np.where(width > NARROW, -width, np.nan)
-    slope = np.where((tangent >= h) & (width > NARROW), chord, slope_t)
+    slope = np.where((tangent >= b) & (width > NARROW), chord, slope_t)
     height = f_t - zero - slope * t
     chords = slope > slope_t
     if chords.any():
-        height += np.where(chords, (slope - slope_t) * np.maximum(t - np.maximum(l, 0.0), 0.0), 0.0)
+        height += np.where(chords, (slope - slope_t) * np.maximum(t - np.maximum(a, 0.0), 0.0), 0.0)
     room = 16 * UNIT * (1.0 + np.maximum(high, -low))
-    height = np.maximum(g_l - slope * l, height) + room
+    height = np.maximum(g_l - slope * a, height) + room
     return slope[1], zero - height[1], slope[0], zero + height[0], (zero + g_l[0], zero - g_l[1])
 
 
 @cache
 def _touching_points(function: str) -> Array:
-    """t >= 0 where the tangent passes through (l, f(l)), for l = -u / (1 - u) and u in `TABLE` steps from 0 to 1."""
+    """t >= 0 where the tangent passes through (a, f(a)), for a = -u / (1 - u) and u in `TABLE` steps from 0 to 1."""
     node = Elementwise(0, function, 1)
     u = np.arange(TABLE) / (TABLE - 1.0)
-    l = -u / np.maximum(1.0 - u, 1e-3)  # noqa: E741
-    low, high = np.zeros_like(l), 1e-9 - l
+    a = -u / np.maximum(1.0 - u, 1e-3)
+    low, high = np.zeros_like(a), 1e-9 - a
     for _ in range(60):
         t = 0.5 * (low + high)
-        before = node.derivative(t) * (t - l) > node(t) - node(l)
+        before = node.derivative(t) * (t - a) > node(t) - node(a)
         low, high = np.where(before, t, low), np.where(before, high, t)
     return np.where(u > 0.0, 0.5 * (low + high), 0.0)
 
