@@ -168,13 +168,13 @@ class Probe:
         results = self.call(SetParameters, f"{node}/set_parameters", parameters=messages).results
         return "; ".join(r.reason for r in results if not r.successful)
 
-    def transition(self, label: str) -> bool:
+    def transition(self, label: str, node: str = "controller") -> bool:
         request = ChangeState.Request()
         request.transition.label = label
-        return self.call(ChangeState, "controller/change_state", transition=request.transition).success
+        return self.call(ChangeState, f"{node}/change_state", transition=request.transition).success
 
-    def state(self) -> str:
-        return self.call(GetState, "controller/get_state").current_state.label
+    def state(self, node: str = "controller") -> str:
+        return self.call(GetState, f"{node}/get_state").current_state.label
 
     def send(self, **fields: Any) -> None:
         message = JointState(**fields)
@@ -447,12 +447,21 @@ def test_limits_budget_and_rivals(
     assert steps.max() > 0.009
 
     # A second controller on the same commands is refused; a publisher that comes later makes this one let go.
-    second = start("controller", **{**parameters, "__node": "other"})
-    assert second.ended() == 2
+    second = start("controller", **{**parameters, "__node": "other", "autostart": False})
+    assert probe.transition("configure", "other")
+    if probe.transition("activate", "other"):  # it had not discovered the first one yet, and will let go soon
+        probe.until(lambda: probe.state("other") == "inactive", controller)
+        probe.spin(2.5)  # two diagnoses
+        assert probe.state() == "active" or probe.transition("activate")
+        assert not probe.transition("activate", "other")
     assert "small/commands: 1 other publisher(s) command it already" in second.output
+    assert second.end() == 0
+    before = len(controller.output)
     rival = probe.node.create_publisher(Float64MultiArray, "small/commands", COMMAND_QOS)
-    probe.until(lambda: "this one stops commanding" in controller.output, controller)
-    assert probe.state() == "inactive"
+    probe.until(lambda: "this one stops commanding" in controller.output[before:], controller)
+    probe.until(lambda: probe.state() == "inactive", controller)
+    probe.seen["/diagnostics"].clear()
+    probe.until(lambda: len(probe.seen["/diagnostics"]) > 2, controller)  # it goes on telling its state
     probe.node.destroy_publisher(rival)
     assert controller.end() == 0
 

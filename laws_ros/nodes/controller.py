@@ -360,6 +360,8 @@ class Controller(rclpy.lifecycle.LifecycleNode):
             new = {name: counts[name] - self._seen.get(name, 0) for name in counts}
             self._seen = counts
             lines = self._complaints(loop, control, new)
+        else:
+            self._rivals = 0  # it no longer commands
         if self._stopped:
             lines.insert(0, f"emergency stop ({self._stopped}) until ~/estop_reset")
         message = DiagnosticArray()
