@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := setup.py setup.cfg pyproject.toml
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types torch test-marabou test-install bench soundness soak fuzz clean
+.PHONY: help run test lint types torch test-marabou test-install bench soundness soak fuzz docs clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -47,8 +47,12 @@ fuzz: .venv/.test ## attack the bounds of random networks for four minutes
 test-install: .venv/.test ## pip installs into fresh environments (minutes)
 	$(BIN)/pytest -m slow tests/test_packaging.py
 
+docs: .venv/.run ## the documentation as a site in docs/_build; warnings and dead links are errors
+	@$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build
+
 clean: ## remove .venv and what tools left behind
-	rm -rf .venv build dist install log *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv docs/_build docs/reference build dist install log *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.run: $(SETUP)

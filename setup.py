@@ -41,6 +41,7 @@ setup(
         "gym": GYM,
         "train": [*MUJOCO, *GYM, "scipy", "torch", "array-api-compat"],
         "plot": ["matplotlib", "pillow"],
+        "docs": ["sphinx", "furo", "myst-parser"],
         "ros": ROS,
         # Any new release of ruff may bring rules that an unchanged tree breaks.
         "test": ["mcap", "matplotlib", "pillow", "pytest", "hypothesis", "ruff==0.17.*", "mypy", "types-PyYAML"],

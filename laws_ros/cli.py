@@ -30,7 +30,7 @@ HELDOUT = 1_000_003  # added to a seed: held-out episodes share nothing with tho
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `laws ...`; returns the exit code: 0 success, 1 the command's own check failed, 2 bad input."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)
         return code
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="laws", description="Certified experts in front of a large learned policy.")
     parser.add_argument("--version", action="version", version=f"laws_ros {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,19 +1,94 @@
-"""The documentation's programs run and do what the text says."""
+"""The documentation is true: its programs run, its commands exist, its links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
+from laws_ros.cli import parser
+from laws_ros.core.card import Card
 from laws_ros.runtime.files import share_path
+from laws_ros.runtime.policy import Policy
+
+ROOT = share_path("README.md").parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if not {"_build", "reference"} & set(page.parts)]
+
+
+def programs(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.S)
 
 
 def test_the_penalty_in_a_training_loop_of_ones_own(capsys):
     pytest.importorskip("torch", reason="training needs PyTorch: make torch")
-    (program,) = re.findall(r"```python\n(.*?)```", share_path("docs/cacheable-training.md").read_text(), re.S)
+    (program,) = programs("docs/cacheable-training.md", "python")
     found: dict = {}
     exec(compile(program, "cacheable-training.md", "exec"), found)
     assert found["gap_cacheable"] < 0.3 * found["gap_plain"]
     assert found["error_cacheable"] < 0.05
     assert "gap" in capsys.readouterr().out
+
+
+def test_a_policy_from_torch_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="exporting needs PyTorch: make torch")
+    monkeypatch.chdir(tmp_path)
+    export, _ = programs("docs/own-policy.md", "python")
+    exec(compile(export, "own-policy.md", "exec"), {})
+    (card,) = programs("docs/own-policy.md", "yaml")
+    Path("policy.yaml").write_text(card)
+    policy = Policy("policy.onnx")
+    assert isinstance(policy.card, Card)
+    assert [c.name for c in policy.card.actions] == ["slider.effort"]
+
+
+def commands(page: Path) -> list[str]:
+    """Every `laws ...` of a page, in fences and in backticks, continuation lines joined, comments left out."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = [line for fence in re.findall(r"```(?:sh)?\n(.*?)```", text, re.S) for line in fence.splitlines()]
+    lines += [line.replace("\n", " ") for line in re.findall(r"(?<!`)`(laws [^`]+)`", text)]
+    return [line.partition("#")[0].strip() for line in lines if re.match(r"laws [a-z]", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_that_is_named_exists(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole command lines parse; those cut short (`laws build`, `laws verify --attack`) name what there is."""
+    (choices,) = (a.choices for a in parser()._actions if isinstance(a.choices, dict))
+    for line in commands(page):
+        name, *rest = shlex.split(line)[1:]
+        for one in name.split("|"):
+            assert one in choices, line
+        options = [word.partition("=")[0] for word in rest if word.startswith("--") and word[2:3].isalpha()]
+        known = choices[name.split("|")[0]]._option_string_actions
+        nested = [a for a in choices[name.split("|")[0]]._actions if isinstance(a.choices, dict)]
+        for action in nested:
+            for sub in action.choices.values():
+                known = known | sub._option_string_actions
+        assert [option for option in options if option not in known] == [], line
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, part = target.partition("#")
+        file = (page.parent / path) if path else page
+        if (ROOT / "docs" / "reference") in file.resolve().parents:
+            continue  # written by `make docs`, which fails if it is missing
+        assert file.exists(), f"{page.name}: {target}"
+        if part:
+            assert part in [anchor(h) for h in re.findall(r"^#+ (.*)$", file.read_text(), re.M)], (
+                f"{page.name}: {target}"
+            )
+
+
+def test_there_is_something_to_check() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 30

@@ -1,0 +1,59 @@
+"""Sphinx builds this folder into a site: `make docs`. The reference pages are written from the code itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))
+
+from laws_ros import __version__  # noqa: E402
+from laws_ros.cli import parser  # noqa: E402
+
+project, author, release = "laws_ros", "the authors of laws_ros", __version__
+extensions = ["myst_parser"]
+html_theme = "furo"
+html_title = f"laws_ros {release}"
+html_show_copyright = False
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+
+
+def commands() -> str:
+    """Each subcommand's own help."""
+    (sub,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    page = "# Commands\n\nExit codes: 0 success, 1 the command's own check failed, 2 bad input (one line says what).\n"
+    for name, command in sub.choices.items():
+        page += f"\n## laws {name}\n\n```text\n{command.format_help().strip()}\n```\n"
+    return page
+
+
+def parameters() -> str:
+    """What the nodes declare, as `ros2 param describe` would say it."""
+    from importlib import import_module
+
+    page = "# Parameters\n\nOf each node; a name that a node does not know is refused, not ignored.\n"
+    for node in ("controller", "learner", "simulator"):
+        page += f"\n## {node}\n\n| parameter | default | meaning |\n| --- | --- | --- |\n"
+        for p in import_module(f"laws_ros.nodes.{node}").PARAMETERS:
+            default = "empty" if p.default == "" or hasattr(p.default, "name") else f"`{p.default}`"
+            limits = "" if p.low is None else f" ({p.low:g} to {p.high:g})"
+            page += f"| `{p.name}` | {default} | {p.description}{limits} |\n".replace("<", "&lt;")
+    return page
+
+
+def write_reference(app: Any) -> None:
+    folder = DOCS / "reference"
+    folder.mkdir(exist_ok=True)
+    for write in (commands, parameters):
+        file, text = folder / f"{write.__name__}.md", write()
+        if not file.is_file() or file.read_text() != text:
+            file.write_text(text)
+
+
+def setup(app: Any) -> None:
+    app.connect("builder-inited", write_reference)
