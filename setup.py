@@ -28,6 +28,8 @@ ROS = [
     ]
 ]
 
+FLEET = ["fsspec", "tuf>=6", "securesystemslib[crypto]"]
+
 setup(
     name=NAME,
     version=VERSION,
@@ -42,9 +44,23 @@ setup(
         "train": [*MUJOCO, *GYM, "scipy", "torch", "array-api-compat"],
         "plot": ["matplotlib", "pillow"],
         "docs": ["sphinx", "furo", "myst-parser"],
+        "fleet": FLEET,
         "ros": ROS,
         # Any new release of ruff may bring rules that an unchanged tree breaks.
-        "test": ["mcap", "matplotlib", "pillow", "pytest", "hypothesis", "ruff==0.17.*", "mypy", "types-PyYAML"],
+        "test": [
+            *FLEET,
+            *(
+                "aiohttp",
+                "mcap",
+                "matplotlib",
+                "pillow",
+                "pytest",
+                "hypothesis",
+                "ruff==0.17.*",
+                "mypy",
+                "types-PyYAML",
+            ),
+        ],
     },
     entry_points={"console_scripts": [f"laws = {NAME}.cli:main"]},
     data_files=[

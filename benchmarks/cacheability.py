@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from laws_ros.build import workloads
+from laws_ros.build.cacheable import Recipe
 from laws_ros.build.evaluate import observed
 from laws_ros.build.grow import grow
-from laws_ros.build.train import Recipe, train
+from laws_ros.build.train import train
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
 from laws_ros.runtime.routing import Router

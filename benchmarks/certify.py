@@ -4,8 +4,15 @@ Per policy: microseconds per region of `certify` (fit and proof) and of the inde
 bound; the width of the policy's proven output range; the certified bound over the worst error that sampling and
 gradient ascent find (how loose it is, at least 1); and what the formula of the paper (arXiv:2604.06228) would certify,
 eps_fit + 2 Lambda C_E, with Lambda the product of the layers' spectral norms, eps_fit the expert's error at the
-region's center, and C_E the distance from there to the farthest corner. Where auto_LiRPA is installed, its CROWN
-bounds the same boxes.
+region's center, and C_E the distance from there to the farthest corner.
+
+Of libraries (models/*.laws, or those named with --library): the looseness of their certificates as they are, and of
+the same regions certified with other efforts. A region's bound is that of its row with the largest one, in tolerances,
+and so is its worst error.
+
+Where auto_LiRPA can be imported (pip install auto_LiRPA, or its folder on PYTHONPATH), its CROWN bounds the first
+policy's boxes, too: batch by batch in turn with `certify`, on as many threads, so that their ratio means something on a
+busy machine. OMP_NUM_THREADS=1 measures one thread.
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -25,11 +33,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laws_ros.core.bounds import affine_bounds
-from laws_ros.core.certificate import Certificates, decision_rows
+from laws_ros.core.certificate import Certificates, decision_rows, limited
 from laws_ros.core.certify import certify
 from laws_ros.core.checker import Checker
+from laws_ros.core.library import Library
+from laws_ros.core.lipschitz import global_constant
 from laws_ros.core.network import Affine, Elementwise, Network, Node
-from laws_ros.core.region import Regions
+from laws_ros.core.region import Regions, clamped, scattered
 from laws_ros.runtime.onnx_graph import load_network
 
 Floats = NDArray[np.float64]
@@ -38,6 +48,8 @@ BATCH = 64
 POLICIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "policies"  # absent outside the workplace
 CHUNK = 2048  # observations of one forward or backward pass through a policy
 STEPS = 10  # of gradient ascent
+MODELS = Path(__file__).resolve().parents[1] / "models"
+TURNS = 60  # of auto_LiRPA and `certify`
 
 
 @dataclass(frozen=True)
@@ -100,53 +112,54 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def worst_seen(network: Network, rows: Floats, certificates: Certificates, samples: int, seed: int) -> Floats:
-    """The largest |policy - expert| [E, r] found in each region, by sampling and by gradient ascent on each row."""
+def worst_seen(
+    network: Network, rows: Floats, certificates: Certificates, samples: int, seed: int, limits: Floats | None = None
+) -> Floats:
+    """The largest |policy - expert| [E, r] found in each region, by sampling and by gradient ascent on each row.
+
+    Args:
+        limits: [2, m] to which both are cut first; the ascent does not see them.
+    """
     rng = np.random.default_rng(seed)
-    boxes = np.linalg.inv(certificates.transform)
+    boxes, ball = np.linalg.inv(certificates.transform), certificates.regions.ball
     weight, bias = (k.astype(float) for k in (certificates.expert_weight, certificates.expert_bias))
     worst = np.zeros(bias.shape)
 
     def judge(index: NDArray[np.intp], xi: Floats) -> Floats:
         x = certificates.center[index] + np.einsum("nij,nj->ni", boxes[index], xi)
-        error = network(x) @ rows.T - np.einsum("nri,ni->nr", weight[index], x) - bias[index]
-        np.maximum.at(worst, index, np.abs(error))
+        policy, expert = network(x) @ rows.T, np.einsum("nri,ni->nr", weight[index], x) + bias[index]
+        if limits is not None:
+            policy, expert = np.clip(policy, *limits), np.clip(expert, *limits)
+        np.maximum.at(worst, index, np.abs(policy - expert))
         return x
 
     everywhere = np.repeat(np.arange(len(certificates)), samples)
     for index in np.array_split(everywhere, -(-len(everywhere) // CHUNK)):
-        xi = rng.uniform(-1, 1, (len(index), network.inputs))
-        corner = rng.random(len(index)) < 0.5
-        xi[corner] = np.sign(xi[corner])
-        judge(index, xi)
+        judge(index, scattered(rng, ball[index], 0.5))
     starts = [k.ravel() for k in np.meshgrid(np.arange(len(certificates)), np.arange(len(rows)), [-1.0, 1.0])]
     for index, row, sign in zip(*(np.array_split(k, -(-len(starts[0]) // CHUNK)) for k in starts), strict=True):
-        xi = rng.uniform(-1, 1, (len(index), network.inputs))
+        xi = scattered(rng, ball[index])
         for step in range(STEPS):
             x = judge(index, xi)
-            slope = network.gradient(x, rows[row]) - weight[index, row]
-            xi = np.clip(xi + sign[:, None] * np.sign(np.einsum("nij,ni->nj", boxes[index], slope)) / (step + 1), -1, 1)
+            steepest = sign[:, None] * (network.gradient(x, rows[row]) - weight[index, row])
+            slope = np.einsum("nij,ni->nj", boxes[index], steepest)
+            size = np.sqrt(np.where(ball[index], slope * slope, 0.0).sum(axis=1, keepdims=True))
+            along = np.where(ball[index], slope / np.maximum(size, 1e-300), np.sign(slope))
+            xi = clamped(xi + along / (step + 1), ball[index])
         judge(index, xi)
     return worst
 
 
-def formula(network: Network, rows: Floats, certificates: Certificates) -> Floats:
-    """eps_fit + 2 Lambda C_E, [E, r]; for chains of functions that are nowhere steeper than 1."""
-    constant = 1.0
-    for index, node in enumerate(network.nodes):
-        if isinstance(node, Affine):
-            if node.sources != (index,):
-                raise ValueError(f"node {index + 1}: the product of norms is meant for a chain")
-            weight = node.weights[0]
-            constant *= float(np.linalg.norm(weight, 2) if weight.ndim == 2 else np.abs(weight).max())
-        elif node.function not in ("relu", "tanh"):
-            raise ValueError(f"node {index + 1}: {node.function} may be steeper than 1")
-    center = certificates.center
+def formula(network: Network, rows: Floats, certificates: Certificates, decision: str) -> Floats:
+    """eps_fit + 2 Lambda C_E, [E, r]."""
+    n, center = network.inputs, certificates.center
+    constant = global_constant(network, Regions(center[:1], np.eye(n)[None]), decision)
     expert = np.einsum("eri,ei->er", certificates.expert_weight.astype(float), center) + certificates.expert_bias
     fit = np.abs(network(center) @ rows.T - expert)
-    # boxes along the axes: the farthest corner is at the norm of the half-widths
-    radius = np.linalg.norm(np.linalg.inv(certificates.transform), axis=(1, 2))
-    return np.asarray(fit + 2.0 * constant * np.linalg.norm(rows, axis=1) * radius[:, None])
+    # the axes are orthogonal: the farthest point is a corner of the box, at the end of the ball's longest axis
+    half, ball = np.linalg.norm(np.linalg.inv(certificates.transform), axis=1), certificates.regions.ball
+    radius = np.hypot(np.linalg.norm(np.where(ball, 0.0, half), axis=1), np.where(ball, half, 0.0).max(axis=1))
+    return np.asarray(fit + 2.0 * constant * radius[:, None])
 
 
 def range_width(network: Network, rows: Floats, regions: Regions) -> float:
@@ -184,7 +197,7 @@ def run(case: Case, samples: int, seed: int) -> dict[str, Any]:
         "policy": case.name,
         "certify_us": round(1e6 * float(np.median(spent)), 1),
         "bound": float(certificates.worst[known].mean()),
-        "formula": float(formula(case.network, rows, certificates)[known].mean()),
+        "formula": float(formula(case.network, rows, certificates, case.decision)[known].mean()),
         "range_width": range_width(case.network, rows, regions[:BATCH]),
         "bound_over_worst_seen": float(np.median(ratio)),
         "unknown": int((~known).sum()),
@@ -195,34 +208,83 @@ def run(case: Case, samples: int, seed: int) -> dict[str, Any]:
 
 
 def auto_lirpa(case: Case, seed: int) -> dict[str, float] | str:
-    """CROWN of auto_LiRPA on the first batch of a case's boxes, float64."""
+    """CROWN of auto_LiRPA on the first batch of a case's boxes, float64, in turn with `certify` on the same batch."""
     try:
         import torch
         from auto_LiRPA import BoundedModule, BoundedTensor
         from auto_LiRPA.perturbations import PerturbationLpNorm
-    except ImportError:
-        return "not installed"
+    except ImportError as error:
+        return f"not measured: {error}"
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float64)  # its tables of tangents follow the default
     layers: list[Any] = []
     for node in case.network.nodes:
         if isinstance(node, Affine):
             layers.append(torch.nn.Linear(node.weights[0].shape[1], node.size))
             layers[-1].weight.data[:], layers[-1].bias.data[:] = map(torch.from_numpy, (node.weights[0], node.bias))
-        else:
+        elif isinstance(node, Elementwise):
             layers.append({"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[node.function]())
-    center = torch.from_numpy(case.boxes(np.random.default_rng(seed)).center[:BATCH])
+    regions = case.boxes(np.random.default_rng(seed))[:BATCH]
+    center = torch.from_numpy(regions.center)
     model = BoundedModule(torch.nn.Sequential(*layers), center)
     radius = torch.from_numpy(np.broadcast_to(case.radius, center.shape).copy())
     box = BoundedTensor(center, PerturbationLpNorm(x_L=center - radius, x_U=center + radius))
-    spent = []
-    for _ in range(20):
+    theirs, ours = [], []
+    for _ in range(TURNS):
         before = time.perf_counter()
         low, high = model.compute_bounds(x=(box,), method="CROWN")
-        spent.append((time.perf_counter() - before) / BATCH)
+        between = time.perf_counter()
+        certify(case.network, regions, case.decision, BATCH)
+        after = time.perf_counter()
+        theirs.append(1e6 * (between - before) / BATCH)
+        ours.append(1e6 * (after - between) / BATCH)
+    rows = decision_rows(case.network.outputs, case.decision)
     return {
-        "certify_us": round(1e6 * float(np.median(spent[2:])), 1),
-        "range_width": float((high - low).detach().mean()),
+        "threads": threads,
+        "theirs_us": min(theirs),
+        "theirs_median_us": float(np.median(theirs)),
+        "ours_us": min(ours),
+        "ours_median_us": float(np.median(ours)),
+        "ratio": min(theirs) / min(ours),
+        "ratio_of_medians": float(np.median(theirs) / np.median(ours)),
+        "their_width": float((high - low).detach().mean()),
+        "our_width": range_width(case.network, rows, regions),
     }
+
+
+def library(path: Path, policy: Path, efforts: list[str], count: int, seed: int) -> list[dict[str, Any]]:
+    """How loose a library's affine certificates are, as they are and by other efforts, on up to `count` of them."""
+    found = Library.load(path)
+    network, decision = load_network(policy), found.card.decision
+    rows = decision_rows(network.outputs, decision)
+    affine = np.flatnonzero(found.certificates.among(["linear"]))
+    certificates = found.certificates[affine[:: -(-len(affine) // count)]]
+    tolerance = found.tolerance if decision == "none" else np.ones(len(rows))
+    limits = found.card.limits.astype(float) if limited(certificates).any() else None
+    before = network.unlimited(*limits) if limits is not None else None
+    network = before[0] if before else network  # certificates about delivered actions bound the policy before its clip
+    result = []
+    for effort in [f"as built ({found.notes.get('effort', 'backward')})", *efforts]:
+        say(f"{path.name}: {len(certificates)} of {len(affine)} regions, {effort}")
+        start = time.perf_counter()
+        if effort in efforts:
+            certificates = certify(network, certificates.regions, decision, BATCH, effort)
+        spent = (time.perf_counter() - start) / len(certificates)
+        seen = worst_seen(network, rows, certificates, 64, seed, limits)
+        bound = (certificates.worst / tolerance).max(axis=1)
+        result.append(
+            {
+                "library": path.name,
+                "regions": len(certificates),
+                "effort": effort,
+                "certify_us": round(1e6 * spent, 1) if effort in efforts else None,
+                "bound": float(np.median(bound)),
+                "formula": float(np.median((formula(network, rows, certificates, decision) / tolerance).max(axis=1))),
+                "bound_over_worst_seen": float(np.median(bound / (seen / tolerance).max(axis=1))),
+            }
+        )
+    return result
 
 
 def efforts(case: Case, count: int, seed: int) -> list[dict[str, Any]]:
@@ -282,16 +344,30 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {row['formula']:.3g} | {row['range_width']:.3f} | {row['bound_over_worst_seen']:.2f} "
             f"| {row['holds']} of {row['checked']} |"
         )
+    lines += [
+        "",
+        "| library | regions | effort | certify, us | bound, tolerances | paper's formula | bound / worst seen |",
+        "|" + " --- |" * 7,
+    ]
+    for row in result["libraries"]:
+        lines.append(
+            f"| {row['library']} | {row['regions']} | {row['effort']} | {row['certify_us'] or '-'} "
+            f"| {row['bound']:.3g} | {row['formula']:.3g} | {row['bound_over_worst_seen']:.2f} |"
+        )
     other = result["auto_lirpa"]
     if isinstance(other, dict):
-        other = f"{other['certify_us']:.0f} us, range width {other['range_width']:.3f}"
+        other = (
+            "{theirs_us:.0f} us a region (median {theirs_median_us:.0f}), `certify` {ours_us:.0f} (median "
+            "{ours_median_us:.0f}), {ratio:.1f} times as fast (medians: {ratio_of_medians:.1f}), threads: {threads}; "
+            "range width {their_width:.5f}, ours {our_width:.5f}"
+        ).format(**other)
     lines += ["", "| policy | effort | certify, us | bound | bound / worst seen |", "|" + " --- |" * 5]
     for row in result["efforts"]:
         lines.append(
             f"| {row['policy']} | {row['effort']} | {row['certify_us']:.0f} | {row['bound']:.3g} "
             f"| {row['bound_over_worst_seen']:.2f} |"
         )
-    return "\n".join([*lines, "", f"auto_LiRPA's CROWN on {result['policies'][0]['policy']}: {other}"])
+    return "\n".join([*lines, "", f"auto_LiRPA's CROWN on the first policy: {other}"])
 
 
 def main() -> None:
@@ -299,15 +375,30 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout; the table goes to stderr")
     parser.add_argument("--quick", action="store_true", help="fewer regions and samples")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--library",
+        nargs=2,
+        type=Path,
+        action="append",
+        metavar=("LIB", "POLICY"),
+        help="only how loose this library is (default: all measurements, with the libraries in models/)",
+    )
+    parser.add_argument("--regions", type=int, default=128, help="of each library, at most (default 128)")
     parser.add_argument("--memory", type=int, metavar="N", help="only the peak memory of certifying N regions")
     arguments = parser.parse_args()
     if arguments.memory:
         print(json.dumps(memory(arguments.memory)))
         return
-    todo = cases(arguments.quick)
+    shipped = [(path, path.with_suffix(".onnx")) for path in sorted(MODELS.glob("*.laws"))]
+    todo = [] if arguments.library else cases(arguments.quick)
     rows = [run(case, 32 if arguments.quick else 256, arguments.seed) for case in todo]
-    result = {"policies": rows, "auto_lirpa": auto_lirpa(todo[0], arguments.seed)}
+    result = {"policies": rows, "auto_lirpa": auto_lirpa(todo[0], arguments.seed) if todo else "not measured"}
     result["efforts"] = [e for case in todo if case.checked > 2 for e in efforts(case, 8, arguments.seed)]
+    result["libraries"] = [
+        row
+        for path, policy in arguments.library or shipped
+        for row in library(path, policy, ["backward", "split:4"], arguments.regions, arguments.seed + 1)
+    ]
     if arguments.json:
         print(json.dumps(result))
     print(markdown(result), file=sys.stderr if arguments.json else sys.stdout)

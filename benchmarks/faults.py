@@ -24,9 +24,9 @@ import yaml
 from robot import Bench  # beside this file
 from std_msgs.msg import Float64MultiArray
 
-from laws_ros.core.safety import ON_DEADLINE, ON_ESTOP, ON_LIMIT, ON_TIMEOUT
+from laws_ros.core.safety import ON_DEADLINE, ON_ESTOP, ON_LIMIT, ON_SILENCE, ON_TIMEOUT, OPERATOR
 from laws_ros.nodes.record import BagRecorder
-from laws_ros.nodes.ros import COMMAND_QOS
+from laws_ros.nodes.ros import COMMAND_QOS, set_data
 from laws_ros.runtime.files import share_path
 
 LIMIT_N, RATE_N_PER_S, PERIOD_S = 8.0, 500.0, 0.01
@@ -119,6 +119,17 @@ def run(bench: Bench, bag: Path) -> list[tuple[str, str, float | None]]:
 
     broken("extreme slider.position", "cart beyond its limit of 1 m", ON_LIMIT, "zero at once")
 
+    operator = bench.node.create_publisher(Float64MultiArray, "laws/intervention", COMMAND_QOS)
+    bench.until(lambda: operator.get_subscription_count() > 0)
+    began = time.monotonic()
+    operator.publish(set_data(Float64MultiArray(), [2.5 * LIMIT_N]))
+    rows.append((f"an operator commands {2.5 * LIMIT_N:g} N", "theirs, within 8 N", bench.reacted(OPERATOR, began)))
+    rows.append(("the operator falls silent", "zero after 500 ms", bench.reacted(ON_SILENCE, began)))
+    operator.publish(Float64MultiArray())
+    bench.answering()
+    bench.trigger("simulator/reset")
+    bench.spin(0.3)
+
     began = time.monotonic()
     rival = bench.node.create_publisher(Float64MultiArray, COMMANDS, COMMAND_QOS)
     bench.until(lambda: bench.rows and time.monotonic() - bench.rows[-1][0] > 0.5, 10.0)
@@ -130,6 +141,7 @@ def run(bench: Bench, bag: Path) -> list[tuple[str, str, float | None]]:
     controller.end()
     second = bench.start("controller", binding=str(binding))
     bench.answering()
+    bench.spin(1.0)  # it drives
     before = bench.stepped["let_go"]
     began = time.monotonic()
     second.process.kill()
@@ -163,9 +175,7 @@ def check(bag: Path) -> dict[str, Any]:
                 decided.append((row["time_s"], row["command:slider.effort"]))
     commands = np.array(sent + [command for _, command in decided])
     # Neighbours in a bag are neighbours in time unless a message was lost: then more periods lie between them.
-    steps = [
-        abs(b - a) / max(1, round((u - t) / PERIOD_S)) for (t, a), (u, b) in pairwise(decided)
-    ]
+    steps = [abs(b - a) / max(1, round((u - t) / PERIOD_S)) for (t, a), (u, b) in pairwise(decided)]
     return {
         "commands": len(sent),
         "decisions": len(decided),

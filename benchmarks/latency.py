@@ -4,9 +4,9 @@
 
 A robot (this process) publishes joint states on a steady clock and takes the commands that come back, from an echo
 node (a subscription, a publisher, nothing between) in one block and from the controller in the next; message types and
-QoS are the same. Reported: observation message out to command message in, and the standard deviation of the period of
-commands. `added_p50` compares the medians of neighbouring blocks and takes the median of that: a slow phase of the
-machine then hits both.
+QoS are the same. Reported: observation message out to command message in; and the jitter of the commands' period, by
+its standard deviation and by the 99th percentile of |period - nominal|, medians over blocks. `added_p50` compares the
+medians of neighbouring blocks and takes the median of that: a slow phase of the machine then hits both.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ class Robot:
 
 def measure(rates: list[float], blocks: int, seconds: float) -> dict[str, Any]:
     """Run everything; see the module."""
-    from laws_ros.nodes.processes import Child
+    from laws_ros.nodes.processes import Child, private_domain
     from laws_ros.runtime.files import share_path
 
     result: dict[str, Any] = {}
     parameters, settings = share_path("config/cartpole.yaml"), {"observation_timeout_s": 60.0}
     with tempfile.TemporaryDirectory(prefix="laws_latency_") as logs:
-        os.environ |= {"ROS_DOMAIN_ID": str(1 + os.getpid() % 100), "ROS_LOG_DIR": logs}
+        os.environ |= {"ROS_DOMAIN_ID": private_domain(), "ROS_LOG_DIR": logs}
         os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
         for rate in rates:
             children = [
@@ -146,16 +146,19 @@ def measure(rates: list[float], blocks: int, seconds: float) -> dict[str, Any]:
             row = {}
             for name, parts in found.items():
                 latency = np.concatenate([b["latency"] for b in parts])
-                interval = np.concatenate([b["interval"] for b in parts])
                 row[name] = {
                     "p50_us": float(np.percentile(latency, 50)),
                     "p99_us": float(np.percentile(latency, 99)),
                     "best_block_p50_us": float(medians[name].min()),
                     "period_std_us": float(np.median([b["interval"].std() for b in parts])),
-                    "period_p99_us": float(np.percentile(np.abs(interval - 1e6 / rate), 99)),
+                    "period_p99_us": float(
+                        np.median([np.percentile(np.abs(b["interval"] - 1e6 / rate), 99) for b in parts])
+                    ),
                     "answered": len(latency) / sum(b["sent"] for b in parts),
                 }
             added = medians["controller"] - medians["echo"]
+            row["jitter_ratio"] = row["controller"]["period_std_us"] / row["echo"]["period_std_us"]
+            row["jitter_p99_ratio"] = row["controller"]["period_p99_us"] / row["echo"]["period_p99_us"]
             row["added_p50_us"] = float(np.median(added))
             row["added_p50"] = float(np.median(added / medians["echo"]))
             row["added_best_blocks"] = float(medians["controller"].min() / medians["echo"].min() - 1.0)
@@ -182,10 +185,14 @@ def main() -> int:
             r = row[name]
             print(
                 f"{rate:>7} {name:<10} p50 {r['p50_us']:6.0f} us  p99 {r['p99_us']:6.0f} us  period std "
-                f"{r['period_std_us']:5.0f} us  answered {r['answered']:.1%}"
+                f"{r['period_std_us']:5.0f} us, p99 of |period - nominal| {r['period_p99_us']:5.0f} us  "
+                f"answered {r['answered']:.1%}"
             )
-        print(f"{rate:>7} added at p50: {row['added_p50_us']:.0f} us, {row['added_p50']:.1%} (best blocks: "
-              f"{row['added_best_blocks']:.1%})")  # fmt: skip
+        print(
+            f"{rate:>7} added at p50: {row['added_p50_us']:.0f} us, {row['added_p50']:.1%} (best blocks: "
+            f"{row['added_best_blocks']:.1%}); jitter over the echo's: std {row['jitter_ratio']:.2f}, "
+            f"p99 {row['jitter_p99_ratio']:.2f}"
+        )
     return 0
 
 

@@ -24,7 +24,7 @@ from std_msgs.msg import Float64MultiArray
 from std_srvs.srv import Trigger
 
 from laws_ros.core.safety import POLICY
-from laws_ros.nodes.processes import Child
+from laws_ros.nodes.processes import Child, private_domain
 from laws_ros.nodes.ros import RECORD_QOS, columns_of
 from laws_ros.runtime.files import share_path
 
@@ -37,7 +37,7 @@ class Bench:
     def __init__(self) -> None:
         self._logs = tempfile.TemporaryDirectory(prefix="laws_bench_")
         self.folder = Path(self._logs.name)
-        os.environ |= {"ROS_DOMAIN_ID": str(1 + os.getpid() % 100), "ROS_LOG_DIR": self._logs.name}
+        os.environ |= {"ROS_DOMAIN_ID": private_domain(), "ROS_LOG_DIR": self._logs.name}
         os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
         rclpy.init()
         self.node = Node("bench")

@@ -1,10 +1,12 @@
 """Does any formal certificate break? Ten million samples and 100,000 attacks over libraries of every formal kind.
 
-The libraries are the committed ones (models/*.laws), random boxes of public verification networks (VNN-COMP, where
-their files are at hand), and random networks of several activations and depths, each certified by every formal kind
-that fits it. Samples are uniform or near corners; attacks climb the error by projected gradient (collapsed experts: by
-random steps). Policies and experts run in ONNX Runtime, float32. The statistical kind promises nothing about single
-observations, so it has no place here (`laws verify --workload` measures it).
+The libraries are the committed ones (models/*.laws), those named with --library, one grown here from a few episodes for
+every other policy in models/ that can be certified (`laws build` makes a better one), random boxes of public
+verification networks (VNN-COMP, where their files are at hand), and random networks of several activations and depths,
+each certified by every formal kind that fits it. Samples are uniform or near corners; attacks climb the error by
+projected gradient (collapsed experts: by random steps). Policies and experts run in ONNX Runtime, float32. The
+statistical kind promises nothing about single observations, so it has no place here (`laws verify --workload` measures
+it).
 
 Work is done in rounds; the case that has had least time is next, so that fast ones get most samples and slow ones some.
 After every round the counts are written to --state: an interrupted run goes on there. Exit code 1 on any violation.
@@ -27,10 +29,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from laws_ros.build import workloads
+from laws_ros.build.evaluate import observed
+from laws_ros.build.grow import grow
 from laws_ros.build.verify import verify
+from laws_ros.cli import parse_tolerance
 from laws_ros.core.certificate import FORMAL, Certificates
 from laws_ros.core.certify import certify
 from laws_ros.core.collapse import collapse
+from laws_ros.core.errors import ModelError
 from laws_ros.core.library import Library
 from laws_ros.core.lipschitz import certify_lipschitz, formula, global_constant, slopes
 from laws_ros.core.network import Network
@@ -44,6 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "policies"  # absent outside the workplace
 CHUNK = 20_000  # samples of a round
 REGIONS = 64  # of a network that has no library
+GROWN = 20_000, 300, 4_000  # of a library grown here: observations, regions and certificates tried, at most
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,23 @@ class Case:
     library: Callable[[Policy, Network], Library]
 
 
-def committed(path: Path) -> Case:
-    return Case(
-        f"{path.stem} (models)", lambda folder: Policy(path.with_suffix(".onnx")), lambda p, n: Library.load(path)
-    )
+def stored(path: Path, policy: Path) -> Case:
+    return Case(path.name, lambda folder: Policy(policy), lambda p, n: Library.load(path))
+
+
+def grown(policy: Path) -> Case:
+    """A library of a policy for the workload of its card's name."""
+
+    def library(policy: Policy, network: Network) -> Library:
+        workload = workloads.get(policy.card.name)
+        say(f"{policy.path.name}: growing a library")
+        steps, regions, certificates = GROWN
+        seen, _ = observed(policy, workload, steps, (0, 1))
+        tolerance = parse_tolerance(None, policy, workload)
+        x, y = np.concatenate(seen.observations), np.concatenate(seen.actions)
+        return grow(policy, network, x, y, tolerance, regions, certificates).library
+
+    return Case(f"{policy.stem}, grown here", lambda folder: Policy(policy), library)
 
 
 def networks() -> Iterator[tuple[str, str, Callable[[Path], Policy], float]]:
@@ -136,8 +157,17 @@ def made(kind: str, decision: str, radius: float, seed: int) -> Callable[[Policy
     return library
 
 
-def cases() -> list[Case]:
-    found = [committed(path) for path in sorted((ROOT / "models").glob("*.laws"))]
+def cases(libraries: list[tuple[Path, Path]]) -> list[Case]:
+    libraries = [(path, path.with_suffix(".onnx")) for path in sorted((ROOT / "models").glob("*.laws"))] + libraries
+    found = [stored(*pair) for pair in libraries]
+    for path in sorted((ROOT / "models").glob("*.onnx")):
+        if path.resolve() not in [known.resolve() for _, known in libraries]:
+            try:
+                load_network(path)
+            except ModelError as error:
+                say(f"{path.name}: left out, nothing can be proved about it ({error})")
+            else:
+                found.append(grown(path))
     for seed, (name, decision, policy, radius) in enumerate(networks()):
         for kind in FORMAL:
             if decision == "none" or kind not in ("exact", "mixed"):
@@ -242,6 +272,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout; the table goes to stderr")
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--attacks", type=int, default=100_000)
+    parser.add_argument(
+        "--library", nargs=2, type=Path, action="append", default=[], metavar=("LIB", "POLICY"), help="one more library"
+    )
     parser.add_argument("--state", type=Path, help="file of counts; an interrupted run goes on there")
     parser.add_argument(
         "--formula", action="store_true", help="instead: what the paper's formula certifies, beside ours"
@@ -250,7 +283,8 @@ def main() -> int:
     if arguments.formula:
         print(formula_table())
         return 0
-    rows = run(cases(), arguments.samples, arguments.attacks, arguments.state)
+    todo = cases([(path, policy) for path, policy in arguments.library])
+    rows = run(todo, arguments.samples, arguments.attacks, arguments.state)
     if arguments.json:
         print(json.dumps({"cases": rows}))
     print(markdown(rows), file=sys.stderr if arguments.json else sys.stdout)

@@ -1,4 +1,7 @@
-"""The controller, configured and activated; it ends with code 2 and one line if that is refused."""
+"""The controller, configured and activated; it ends with code 2 and one line if that is refused.
+
+With a folder of state, a learner beside it, which is started again if it should end; the controller goes on meanwhile.
+"""
 
 from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
@@ -7,22 +10,29 @@ from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
 
 
-def controller(context):
+def nodes(context):
     """Empty arguments leave the parameters file's values as they are."""
-    given = {name: LaunchConfiguration(name).perform(context) for name in ("policy", "library", "binding")}
-    node = Node(
-        package="laws_ros",
-        executable="controller",
-        namespace=LaunchConfiguration("namespace"),
-        parameters=[
-            LaunchConfiguration("params_file"),
-            {name: value for name, value in given.items() if value},
-            {"autostart": True},
-        ],
-        arguments=["--ros-args", "--log-level", LaunchConfiguration("log_level")],
-        output="screen",
-    )
-    return [node]
+
+    def node(name, *arguments, **options):
+        given = {argument: LaunchConfiguration(argument).perform(context) for argument in arguments}
+        return Node(
+            package="laws_ros",
+            executable=name,
+            namespace=LaunchConfiguration("namespace"),
+            parameters=[
+                LaunchConfiguration("params_file"),
+                {argument: value for argument, value in given.items() if value},
+                {"autostart": True},
+            ],
+            arguments=["--ros-args", "--log-level", LaunchConfiguration("log_level")],
+            output="screen",
+            **options,
+        )
+
+    started = [node("controller", "policy", "library", "binding", "state")]
+    if LaunchConfiguration("state").perform(context):
+        started.append(node("learner", "policy", "library", "state", respawn=True, respawn_delay=5.0))
+    return started
 
 
 def generate_launch_description():
@@ -32,7 +42,12 @@ def generate_launch_description():
         DeclareLaunchArgument("policy", default_value="", description="ONNX policy; empty: the parameters file's"),
         DeclareLaunchArgument("library", default_value="", description="its library; empty: the parameters file's"),
         DeclareLaunchArgument("binding", default_value="", description="its binding; empty: the parameters file's"),
+        DeclareLaunchArgument(
+            "state",
+            default_value="",
+            description="folder for what is learnt and corrected, and a learner; empty: none, or the parameters file's",
+        ),
         DeclareLaunchArgument("namespace", default_value="", description="namespace of the node and its topics"),
         DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal"),
     ]
-    return LaunchDescription([*arguments, OpaqueFunction(function=controller)])
+    return LaunchDescription([*arguments, OpaqueFunction(function=nodes)])

@@ -1,21 +1,24 @@
-"""Simulator and controller; when one of them ends, so does the other."""
+"""Simulator and controller; when one of them ends, so does the other (a learner may come and go)."""
 
 from launch import LaunchDescription
 from launch.actions import (
     DeclareLaunchArgument,
     EmitEvent,
-    ExecuteProcess,
     IncludeLaunchDescription,
     RegisterEventHandler,
 )
-from launch.conditions import IfCondition
 from launch.event_handlers import OnProcessExit
 from launch.events import Shutdown
 from launch.launch_description_sources import PythonLaunchDescriptionSource
-from launch.substitutions import LaunchConfiguration, PathJoinSubstitution, PythonExpression
+from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
+
+
+def ended(event, context):
+    """Everything ends with either of the two."""
+    return [] if "learner" in event.process_name else [EmitEvent(event=Shutdown(reason="a node has ended"))]
 
 
 def generate_launch_description():
@@ -23,7 +26,7 @@ def generate_launch_description():
     default = [PathJoinSubstitution([share, "config", LaunchConfiguration("robot")]), ".yaml"]
     return LaunchDescription(
         [
-            # The arguments of controller.launch.py are arguments of this file, too.
+            # The arguments of robot.launch.py and controller.launch.py are arguments of this file, too.
             DeclareLaunchArgument("robot", default_value="cartpole", description="names config/ROBOT.yaml"),
             DeclareLaunchArgument(
                 "params_file", default_value=default, description="YAML file with the nodes' parameters"
@@ -38,17 +41,9 @@ def generate_launch_description():
             DeclareLaunchArgument(
                 "clock", default_value="true", description="publish /clock; of several robots in a graph only one may"
             ),
-            DeclareLaunchArgument(
-                "record", default_value="", description="new folder for a bag of all topics (ros2 bag); empty: none"
-            ),
-            ExecuteProcess(
-                cmd=["ros2", "bag", "record", "--all", "--output", LaunchConfiguration("record")],
-                condition=IfCondition(PythonExpression(["'", LaunchConfiguration("record"), "' != ''"])),
-                output="screen",
-            ),
-            RegisterEventHandler(OnProcessExit(on_exit=[EmitEvent(event=Shutdown(reason="a node has ended"))])),
+            RegisterEventHandler(OnProcessExit(on_exit=ended)),
             IncludeLaunchDescription(
-                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "controller.launch.py"]))
+                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "robot.launch.py"]))
             ),
             Node(
                 package="laws_ros",

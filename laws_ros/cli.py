@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from laws_ros import __version__
 from laws_ros.core.errors import ConfigError, LawsError, LibraryError
+from laws_ros.fleet import command as fleet
 
 if TYPE_CHECKING:
     from laws_ros.build.workloads import Workload
     from laws_ros.core.library import Library
+    from laws_ros.fleet.desk import Desk
     from laws_ros.runtime.policy import Policy
 
 EXTRAS = {
     **{"rclpy": "ros", "mujoco": "sim", "rich": "sim", "gymnasium": "gym", "torch": "train", "scipy": "train"},
+    **{"tuf": "fleet", "securesystemslib": "fleet", "cryptography": "fleet", "fsspec": "fleet"},
     **{"rosbags": "sim", "matplotlib": "plot", "PIL": "plot"},
 }
 HELDOUT = 1_000_003  # added to a seed: held-out episodes share nothing with those learned from
@@ -88,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
         "every policy, but proves nothing: fresh episodes show how often a bound is exceeded",
     )
     c.add_argument(
+        "--effort",
+        default="backward",
+        help="of the bounds: interval, forward, backward (default), optimised, or split:N, on up to N parts of each "
+        "(slow and tight, for few sensors; `laws verify` may then take long, and not prove every one again)",
+    )
+    c.add_argument(
         "--share", type=_fraction, default=0.25, help="exact, mixed: of the policy's multiplications, at most (0.25)"
     )
     c.add_argument(
@@ -99,12 +108,8 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--beta", type=_fraction, default=1e-6, help="statistical: probability that any of the statements is false"
     )
-    c.add_argument("--fresh-episodes", type=_positive, default=400, help="statistical: to test on (default 400)")
     c.add_argument(
-        "--draws",
-        type=_positive,
-        default=50,
-        help="statistical: observations per fresh episode; only with 1 are they independent (default 50)",
+        "--fresh-episodes", type=_positive, help="statistical: to test on (default: as many as delta and beta need)"
     )
 
     c = command("verify", _verify, "try to break a library: re-check every certificate, sample, attack")
@@ -125,6 +130,22 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--kinds", default="", help="of certificates that may answer, separated by commas (default: formal)")
     c.add_argument("--seed", type=_count, default=12345)
 
+    c = command("bench", _bench, "compare LAWS with the alternatives on one workload, in one run on this machine")
+    c.add_argument("workload", help=workload)
+    c.add_argument("--policy", help="default models/WORKLOAD.onnx")
+    c.add_argument("--decision", choices=("none", "argmax", "argmin"), help="as for build")
+    c.add_argument("--tolerance", default=None, help="as for build")
+    c.add_argument("--methods", default="", help="of policy,cache,nearest,student,mixture,router,formula,formal,"
+                   "statistical (default: all)")  # fmt: skip
+    c.add_argument("--steps", type=_positive, default=100_000, help="observations to learn from (default 100000)")
+    c.add_argument("--episodes", type=_positive, default=10, help="held-out ones, driven by each (default 10)")
+    c.add_argument("--max-regions", type=_positive, default=20_000)
+    c.add_argument("--delta", type=_fraction, default=0.05, help="statistical: as for build (default 0.05)")
+    c.add_argument("--beta", type=_fraction, default=1e-6, help="statistical: as for build")
+    c.add_argument("--fresh-episodes", type=_positive, help="statistical: as for build")
+    c.add_argument("--out", help="folder for bench.json, bench.md and bench.svg (default: the table on stdout only)")
+    c.add_argument("--seed", type=_count, default=0)
+
     c = command("explain", _explain, "print a library's laws in sensor names and units")
     c.add_argument("library")
     c.add_argument("--region", help="a region's id (or its first digits) or number; default: the ten most used")
@@ -135,6 +156,16 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--region", required=True, help="a region's id (or its first digits) or number")
     c.add_argument("--out", required=True, help="folder for the difference network and the property")
     c.add_argument("--policy", help="default: the ONNX file beside the library, of its name")
+
+    c = command("report", _report, "write one HTML file about a library, to be read without a network")
+    c.add_argument("library")
+    c.add_argument("--out", "-o", required=True, help="the HTML file to write")
+    c.add_argument("--policy", help="default: the ONNX file beside the library, of its name, if it is there")
+    c.add_argument("--workload", help=f"to measure on: {workload}; default: what the library was grown on; none: no")
+    c.add_argument("--steps", type=_positive, default=4000, help="of the workload, about (default 4000)")
+    c.add_argument("--kinds", default="", help="of certificates that may answer, separated by commas (default: formal)")
+    c.add_argument("--history", help="of a learner: also draw how the library grew")
+    c.add_argument("--seed", type=_count, default=4 * HELDOUT)
 
     command("workloads", _workloads, "list the workloads and their parameters")
 
@@ -152,6 +183,17 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--episodes", type=_positive, default=32, help="per measurement (default 32)")
     c.add_argument("--keep", type=float, default=0.99, help="share of the return that must remain (default 0.99)")
     c.add_argument("--plot", help="write the curves to this picture")
+    c.add_argument("--seed", type=_count, default=0)
+
+    c = command("history-length", _history_length, "measure how much of its past a policy over several frames needs")
+    c.add_argument("--policy", required=True)
+    c.add_argument("--workload", required=True, help=f"{workload}; of whole windows, or of single frames")
+    c.add_argument(
+        "--frames", type=_positive, help="in the policy's window, the oldest first (default: as many as fit)"
+    )
+    c.add_argument("--decision", choices=("none", "argmax", "argmin"), help="as for build")
+    c.add_argument("--distortion", default=None, help="that a shorter window may cause; as the tolerance for build")
+    c.add_argument("--episodes", type=_positive, default=20)
     c.add_argument("--seed", type=_count, default=0)
 
     c = command("adapt", _adapt, "distil a finished policy into one of the same interface that is cheap to cache")
@@ -191,6 +233,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--no-sim", action="store_true", help="controllers only: a real robot's drivers are running")
     c.add_argument("--policy", help="instead of the parameters file's")
     c.add_argument("--library", help="instead of the parameters file's")
+    c.add_argument(
+        "--state", metavar="FOLDER", help="keep what is learnt and what operators corrected here, and start learners"
+    )
     c.add_argument("--seconds", type=float, default=0.0, help="end after this long (default: never)")
     c.add_argument("--record", metavar="FOLDER", help="keep a bag of all that the robots say in a new folder")
 
@@ -213,9 +258,19 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--library", help="and this library")
 
     c = command("library", _library_command, "care for the history that a learner writes")
-    c.add_argument("action", choices=("recover", "snapshot"), help="save what is intact; or write the library of today")
-    c.add_argument("history")
-    c.add_argument("--out", required=True, help="the file to write")
+    c.add_argument(
+        "action",
+        choices=("recover", "snapshot", "review", "release"),
+        help="of a learner's history: save what is intact, or write the library of today; of a robot's folder of "
+        "state: list what operators corrected, or let the library answer there again",
+    )
+    c.add_argument("history", help="the history's file, or the folder of state")
+    c.add_argument("--out", help="recover, snapshot: the file to write")
+    c.add_argument("--takeover", help="release: which one")
+    c.add_argument("--reason", default="reviewed", help="release: what the review found, for those who ask later")
+
+    c = command("fleet", _fleet, "robots that share what they certify, with signed updates")
+    fleet.declare(c)
 
     c = command("demo", _demo, "the main job: simulated robot and controller over ROS 2, checked afterwards")
     c.add_argument("--seconds", type=float, default=30.0, help="simulated operation (default 30)")
@@ -343,18 +398,16 @@ def _build(options: argparse.Namespace) -> int:
     from laws_ros.build.evaluate import check_fit, observed
     from laws_ros.build.grow import grow
     from laws_ros.build.kinds import by_formula, grow_points
-    from laws_ros.build.statistical import draw, grow_statistical
+    from laws_ros.build.statistical import grow_statistical, trial
     from laws_ros.build.verify import Executed
+    from laws_ros.core.bounds import parts_of
     from laws_ros.core.certificate import COLLAPSED, FORMAL
     from laws_ros.runtime.onnx_graph import load_network
     from laws_ros.runtime.routing import Router
 
     start, progress = time.monotonic(), _Progress("build")
-    out = Path(options.out)
-    if not out.absolute().parent.is_dir():
-        raise LibraryError(f"--out {out}: the folder {out.absolute().parent} does not exist")
-    if out.is_dir():
-        raise LibraryError(f"--out {out}: is a folder; the name of a file is needed")
+    parts_of(options.effort)
+    out = _writable(options.out)
     policy = _open_policy(options.policy, options.decision)
     statistical = options.kind == "statistical"
     first, _, second = options.kind.rpartition("+")
@@ -379,17 +432,20 @@ def _build(options: argparse.Namespace) -> int:
     actions = np.concatenate(seen.actions)
     limits = tolerance, options.max_regions
     if network is None:
-        drawn = draw(
-            policy, workload, options.fresh_episodes, options.draws, options.seed + 2 * HELDOUT, progress=progress
-        )
         confidence = options.delta, options.beta
-        growth = grow_statistical(policy, observations, drawn, tolerance, *confidence, options.max_regions, progress)
+        tested = trial(
+            policy, workload, *confidence, options.seed + 2 * HELDOUT, options.fresh_episodes,
+            parts=_folder(options.parts), progress=progress,
+        )  # fmt: skip
+        growth = grow_statistical(policy, seen.observations, tested, tolerance, options.max_regions, progress)
     elif options.kind == "point":
         growth = grow_points(policy, network, observations, *limits, progress)
     else:
         base = None
         if first or second in ("linear", "lipschitz"):
-            base = growth = grow(policy, network, observations, actions, *limits, progress=progress)
+            base = growth = grow(
+                policy, network, observations, actions, *limits, progress=progress, effort=options.effort
+            )
         if second == "lipschitz":
             growth = by_formula(policy, network, growth, observations, tolerance)
         elif second != "linear":
@@ -404,6 +460,7 @@ def _build(options: argparse.Namespace) -> int:
     hit, hit_rate = found >= 0, float((found >= 0).mean())
     result = {
         "kind": options.kind,
+        "effort": options.effort,
         "regions": len(growth.library),
         "certificates_tried": growth.certificates_tried,
         "train_coverage": growth.train_coverage,
@@ -421,7 +478,7 @@ def _build(options: argparse.Namespace) -> int:
         result |= {
             "delta": options.delta,
             "beta": options.beta,
-            "fresh_draws": len(drawn.x),
+            "fresh_episodes": tested.episodes,
             "heldout_exceedance": float((~(error <= bound).all(axis=1)).mean()),
         }
     library = replace(growth.library, notes=_finite(result))
@@ -458,14 +515,14 @@ def _verify(options: argparse.Namespace) -> int:
     from laws_ros.runtime.files import resolve
     from laws_ros.runtime.onnx_graph import load_network
 
-    start, progress, fresh = time.monotonic(), _Progress("verify"), None
+    start, progress, fresh = time.monotonic(), _Progress("verify"), []
     library, policy = open_pair(resolve(options.library), resolve(options.policy), os.cpu_count() or 1)
     network = load_network(policy.path) if library.certificates.among(FORMAL).any() else None
     if options.workload is not None:
         workload = workloads.get(options.workload, policy)
         check_fit(policy, workload)
         rolled = policy_rollouts(policy, workload, options.episodes, options.seed + 3 * HELDOUT)
-        fresh = np.concatenate(rolled.observations)
+        fresh = rolled.observations
     found = verify(library, policy, network, options.samples, options.attack, options.seed, progress, fresh)
     ratio = found.ratio[~np.isnan(found.ratio)]
     result = {
@@ -546,6 +603,36 @@ def _eval(options: argparse.Namespace) -> int:
     return 0 if found.violations == 0 else 1
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from laws_ros.build import bench, workloads
+    from laws_ros.build.evaluate import check_fit
+
+    out = Path(options.out).expanduser() if options.out else None
+    if out is not None and not out.is_dir():
+        raise ConfigError(f"--out {out}: an existing folder is needed")
+    base = options.workload.partition("?")[0]
+    policy = _open_policy(options.policy or f"models/{base}.onnx", options.decision, threads=1)
+    workload = workloads.get(options.workload, policy)
+    check_fit(policy, workload)
+    numbers = {"steps", "episodes", "seed", "max_regions", "fresh_episodes", "delta", "beta"}
+    found = bench.bench(
+        policy,
+        workload,
+        parse_tolerance(options.tolerance, policy, workload),
+        bench.Budget(**{name: getattr(options, name) for name in numbers}),
+        _names(options.methods),
+        _Progress("bench"),
+    )
+    result, text = _finite(found.record()), bench.markdown(found)
+    if out is not None:
+        files = {"bench.json": json.dumps(result, indent=1) + "\n", "bench.md": text, "bench.svg": bench.plot(found)}
+        for name, content in files.items():
+            (out / name).write_text(content, encoding="utf-8")
+        result["paths"] = [str(out / name) for name in files]
+    _print(options, result, text)
+    return 0
+
+
 def _explain(options: argparse.Namespace) -> int:
     import numpy as np
 
@@ -569,6 +656,48 @@ def _explain(options: argparse.Namespace) -> int:
     }
     text = [f"{len(library)} laws for {library.card.name} (policy {library.policy_sha256[:12]}); {len(laws)} shown"]
     _print(options, result, "\n\n".join(text + [law.text() for law in laws]))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from laws_ros.build import workloads
+    from laws_ros.build.evaluate import check_fit
+    from laws_ros.build.report import report
+    from laws_ros.core.certificate import check_kinds
+    from laws_ros.core.library import Library
+    from laws_ros.runtime.cached_policy import open_pair
+    from laws_ros.runtime.files import resolve
+    from laws_ros.runtime.history import timeline
+
+    start, progress = time.monotonic(), _Progress("report")
+    path, out = resolve(options.library), _writable(options.out)
+    library, policy, workload = Library.load(path), None, None
+    beside = resolve(options.policy) if options.policy else path.with_suffix(".onnx")
+    if options.policy or beside.is_file():
+        library, policy = open_pair(path, beside)
+    name = options.workload or library.notes.get("workload", "none")
+    if policy is not None and name != "none":
+        try:
+            workload = workloads.get(name, policy)
+            check_fit(policy, workload)
+        except LawsError as error:  # the library's own workload may need a simulator that is not here
+            if options.workload:
+                raise
+            print(f"laws report: without a workload: {error}", file=sys.stderr)
+            workload = None
+    kinds = check_kinds(_names(options.kinds))
+    moments = timeline(resolve(options.history)) if options.history else []
+    text = report(
+        library, policy, workload, steps=options.steps, seed=options.seed, kinds=kinds, moments=moments,
+        title=path.name, progress=progress,
+    )  # fmt: skip
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
+    size, seconds = out.stat().st_size, round(time.monotonic() - start, 2)
+    result = {"paths": [str(out)], "bytes": size, "regions": len(library), "seconds": seconds}
+    _print(options, result, f"{out}: {size / 1e3:.0f} kB about {len(library)} experts, {seconds} s")
     return 0
 
 
@@ -627,6 +756,8 @@ def _folder(path: str | None) -> Path | None:
 def _writable(path: str) -> Path:
     """A file to write, in a folder that exists."""
     out = Path(path).expanduser()
+    if out.is_dir():
+        raise ConfigError(f"{out}: a folder of that name exists already; name a new file")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"{out}: the folder {out.absolute().parent} does not exist")
     return out
@@ -701,6 +832,38 @@ def _calibrate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _history_length(options: argparse.Namespace) -> int:
+    from laws_ros.build import workloads
+    from laws_ros.build.history_length import history_length, windowed_rollouts
+
+    policy = _open_policy(options.policy, options.decision)
+    workload = workloads.get(options.workload, policy)
+    target = parse_tolerance(options.distortion, policy, workload)
+    names = [c.name for c in workload.spec.observations]
+    frames = options.frames or policy.observations // len(names)
+    whole = len(names) == policy.observations
+    context = () if whole else tuple(names.index(name) for name in workload.spec.context)
+    progress = _Progress("history-length")
+    windows = windowed_rollouts(policy, workload, frames, options.episodes, options.seed, progress)
+    found = history_length(policy, windows, frames, target, context)
+    rows = zip(found.distortion, found.distortion_99, [*found.sensitivity, 0.0], strict=True)
+    lines = ["frames  distortion mean   99%   sensitivity to the next older one (all in targets)"]
+    lines += [f"{k:6}  {mean:15.3f} {most:5.3f}   {next_:.3g}" for k, (mean, most, next_) in enumerate(rows, start=1)]
+    for law in found.laws:
+        about = f"l^-{law.rate:.3g}" if law.name == "power" else f"e^(-{law.rate:.3g} l)"
+        lines.append(f"{law.name:12} {law.scale:.3g} {about}   AIC {law.aic:.1f}")
+    if found.laws and not found.decided:
+        lines.append("these lags do not tell the two laws apart")
+    if found.predicted is not None:
+        lines.append(
+            f"by the first law {found.predicted} frames keep the mean within the target, however long the past"
+        )
+    lines.append(f"{found.window} of {frames} frames keep 99% of {found.observations} observations within the target")
+    result = asdict(found) | {"workload": workload.spec.name, "target": _plain(target)}
+    _print(options, result, "\n".join(lines))
+    return 0
+
+
 def _adapt(options: argparse.Namespace) -> int:
     from laws_ros.build import workloads
     from laws_ros.build.adapt import adapt
@@ -755,11 +918,14 @@ def _render(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from laws_ros.build import diffusion, train
+    from laws_ros.build import train
 
-    trainer: Callable[..., dict[str, Any]] = train.train if options.policy == "relu" else diffusion.train_diffusion
-    result = trainer(
-        options.workload, Path(options.out), seed=options.seed, log=lambda text: print(text, file=sys.stderr)
+    result = train.train(
+        options.workload,
+        Path(options.out),
+        seed=options.seed,
+        log=lambda text: print(text, file=sys.stderr),
+        recipe=train.KINDS[options.policy](options.workload),
     )
     _print(options, result, json.dumps(_finite(result), indent=2))
     return 0
@@ -796,15 +962,17 @@ def _doctor(options: argparse.Namespace) -> int:
     failed = [f for f in findings if f.verdict == "fail"]
     lines = [f"{f.verdict:5}{f.topic:24}{f.text}" for f in findings]
     verdict = "do not run certificates on this machine" if failed else "fit to run"
-    _print(
-        options, {"fit": not failed, "findings": [f._asdict() for f in findings]}, "\n".join([*lines, "", verdict])
-    )
+    _print(options, {"fit": not failed, "findings": [f._asdict() for f in findings]}, "\n".join([*lines, "", verdict]))
     return 1 if failed else 0
 
 
 def _library_command(options: argparse.Namespace) -> int:
     from laws_ros.runtime import history
 
+    if options.action in ("review", "release"):
+        return _review(options)
+    if not options.out:
+        raise ConfigError(f"library {options.action}: --out, the file to write, is needed")
     if options.action == "recover":
         found = history.recover(options.history, options.out)._asdict()
         text = f"wrote {options.out}: " + ", ".join(f"{count} {name}" for name, count in found.items())
@@ -814,6 +982,43 @@ def _library_command(options: argparse.Namespace) -> int:
         found = {"regions": len(library), "digest": library.digest}
         text = f"wrote {options.out}: {len(library)} regions"
     _print(options, {"path": options.out, **found}, text)
+    return 0
+
+
+def _review(options: argparse.Namespace) -> int:
+    """What operators took over for, and its release."""
+    import numpy as np
+
+    from laws_ros.runtime import takeovers
+
+    folder = Path(options.history).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; a controller's parameter 'state' names it")
+    if options.action == "release":
+        if not options.takeover:
+            raise ConfigError(f"--takeover ID is needed; `laws library review {folder}` lists them")
+        takeovers.release(folder, options.takeover, options.reason)
+        text = f"{options.takeover} is released: controllers and learners of {folder} take note of it by themselves"
+        _print(options, {"released": options.takeover, "reason": options.reason}, text)
+        return 0
+    rows, lines = [], []
+    for t in takeovers.read(folder):
+        with np.errstate(all="ignore"):
+            apart = np.nanmax(np.abs(t.operator - t.policy), axis=0, initial=0.0).tolist()
+        rows.append(
+            {"id": t.id, "robot": t.robot, "began": t.began, "duration_s": t.duration_s, "steps": len(t.observations)}
+            | {
+                "regions": t.regions,
+                "largest_difference": dict(zip(t.actions, apart, strict=True)),
+                "released": t.released,
+            }
+        )
+        far = ", ".join(f"{name} {value:.3g}" for name, value in zip(t.actions, apart, strict=True))
+        lines.append(
+            f"{t.id}  {t.robot}  {t.duration_s:.1f} s, {len(t.observations)} steps in {len(t.regions)} regions; "
+            f"operator and policy apart by up to {far}; {'released: ' + t.released if t.released else 'IN FORCE'}"
+        )
+    _print(options, {"takeovers": rows}, "\n".join(lines or [f"{folder}: nobody has taken over"]))
     return 0
 
 
@@ -827,7 +1032,8 @@ def _up(options: argparse.Namespace) -> int:
         not options.no_sim,
         options.seconds,
         options.record,
-        {"controller": given},
+        options.state,
+        {"controller": given, "learner": given},
     )
 
 
@@ -840,6 +1046,23 @@ def _top(options: argparse.Namespace) -> int:
         text = "\n".join(f"{name}: {top.line(facts)}" for name, facts in sorted(found.items()))
         _print(options, found, text or "no controller has reported")
     return 0 if found else 1
+
+
+def _fleet(options: argparse.Namespace) -> int:
+    if options.action == "init":
+        options.tolerance = parse_tolerance(options.tolerance, _open_policy(options.policy))
+
+    def learn(desk: Desk) -> int:
+        from laws_ros.build.learn import Learner
+        from laws_ros.runtime.onnx_graph import load_network
+
+        network, progress = load_network(desk.place.policy.path), _Progress("fleet")
+        with desk.place.history() as history:
+            return Learner(history, desk.place.policy, network).learn(progress=progress).added
+
+    result, text = fleet.run(options, _Progress("fleet"), learn)
+    _print(options, result, text)
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -13,8 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from laws_ros.build.verify import Executed
 from laws_ros.core.certificate import Certificates
 from laws_ros.core.network import Network
-from laws_ros.core.region import Regions
+from laws_ros.core.region import Regions, clamped, scattered
 from laws_ros.runtime.policy import Policy
+
+Layers = list[tuple[NDArray, NDArray]]  # weight [out, in] and bias [out]
 
 
 def save_model(
@@ -42,7 +44,7 @@ def save_model(
 
 def save_mlp(
     path: Path,
-    layers: list[tuple[NDArray, NDArray]],
+    layers: Layers,
     activation: str = "Relu",
     clip: float | None = None,
     normalize: float | None = None,
@@ -74,15 +76,42 @@ def save_mlp(
     return save_model(path, nodes, constants, layers[0][0].shape[1], len(layers[-1][1]), opset)
 
 
-def random_mlp(rng: np.random.Generator, sizes: list[int], gain: float = 1.5) -> list[tuple[NDArray, NDArray]]:
+def random_mlp(rng: np.random.Generator, sizes: list[int], gain: float = 1.5) -> Layers:
     return [(gain * rng.normal(size=(b, a)) / np.sqrt(a), 0.3 * rng.normal(size=b)) for a, b in pairwise(sizes)]
 
 
+def cancelling(rng: np.random.Generator) -> Layers:
+    """Large weights that cancel exactly in real arithmetic and not in float32."""
+    big = 10.0 ** rng.uniform(3, 6, size=(1, 32))
+    first = (rng.normal(size=(64, 2)), rng.uniform(0.5, 1, size=64))
+    return [first, (np.concatenate([big, -big], axis=1), np.zeros(1))]
+
+
+def huge_bias(rng: np.random.Generator) -> Layers:
+    return [
+        (rng.normal(size=(16, 2)), np.full(16, 1e7)),
+        (rng.normal(size=(8, 16)), np.full(8, -1e7)),
+        (rng.normal(size=(1, 8)), np.zeros(1)),
+    ]
+
+
+def denormal(rng: np.random.Generator) -> Layers:
+    return [
+        (1e-38 * rng.normal(size=(16, 2)), np.zeros(16)),
+        (1e-4 * rng.normal(size=(16, 16)), 1e-42 * rng.normal(size=16)),
+        (1e38 * rng.normal(size=(1, 16)), np.zeros(1)),
+    ]
+
+
+ROUNDING = (cancelling, huge_bias, denormal)  # layers of networks that break verifiers which ignore rounding
+
+
 def random_regions(rng: np.random.Generator, count: int, inputs: int, radius: float, center: float = 1.0) -> Regions:
-    """Boxes in random axes with half-widths up to `radius`, some of them flat in some axis."""
+    """Boxes, balls and cylinders in random axes with half-widths up to `radius`, some of them flat in some axis."""
     axes, _ = np.linalg.qr(rng.normal(size=(count, inputs, inputs)))
     widths = radius * rng.uniform(size=(count, inputs)) * (rng.random((count, inputs)) > 0.1)
-    return Regions.from_axes(center * rng.normal(size=(count, inputs)), axes, widths)
+    round = rng.integers(inputs + 1, size=count) * (rng.random(count) < 0.5)
+    return Regions.from_axes(center * rng.normal(size=(count, inputs)), axes, widths, round)
 
 
 def break_certificates(
@@ -94,12 +123,11 @@ def break_certificates(
         observations tried inside regions, and how many of them broke a bound (or met a NaN).
     """
     executed = Executed(policy, certificates)
-    count, n = certificates.center.shape
+    count = len(certificates)
     inverse = np.linalg.inv(certificates.transform)
     index = np.repeat(np.arange(count), per_region)
-    xi = rng.uniform(-1, 1, (len(index), n))
-    corner = rng.random(len(index)) < 0.4
-    xi[corner] = np.sign(xi[corner]) * (1 - 1e-7)
+    ball = certificates.regions.ball[index]
+    xi = scattered(rng, ball, 0.4)
     climb = np.flatnonzero(rng.random(len(index)) < 0.3)
     row = rng.integers(certificates.bound_offset.shape[1], size=len(climb))
     sign = rng.choice([-1.0, 1.0], size=len(climb))
@@ -109,7 +137,9 @@ def break_certificates(
             gradient = network.gradient(x, executed.rows[row]) - certificates.expert_weight[index[climb], row]
             slope = sign[:, None] * np.einsum("nij,ni->nj", inverse[index[climb]], gradient)
         slope = slope - certificates.bound_weight[index[climb], row]
-        xi[climb] = np.clip(xi[climb] + np.sign(slope) / (step + 1), -1 + 1e-7, 1 - 1e-7)
+        far = np.sqrt(np.where(ball[climb], slope * slope, 0.0).sum(axis=1, keepdims=True)) + 1e-300
+        ahead = np.where(ball[climb], slope / far, np.sign(slope))
+        xi[climb] = clamped(xi[climb] + ahead / (step + 1), ball[climb])
     x = (certificates.center[index] + np.einsum("nij,nj->ni", inverse[index], xi)).astype(np.float32)
     inside, error, bound = executed.compare(index, x)
     return int(inside.sum()), int((inside & ~(error <= bound).all(axis=1)).sum())

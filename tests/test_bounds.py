@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper
 
 from laws_ros.core import propagate
 from laws_ros.core.bounds import affine_bounds, ranges
+from laws_ros.core.certificate import limited
 from laws_ros.core.certify import certify
 from laws_ros.core.checker import Checker
 from laws_ros.core.errors import ConfigError
@@ -20,7 +23,7 @@ from laws_ros.core.region import Regions
 from laws_ros.core.relax import relax
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
-from tests.support import break_certificates, random_mlp, random_regions, save_mlp
+from tests.support import ROUNDING, Layers, break_certificates, random_mlp, random_regions, save_mlp, save_model
 
 PARAMETERS = {"clip": (-0.7, 1.3), "leakyrelu": (0.01,), "elu": (1.0,), "selu": (1.67, 1.05)}
 
@@ -68,32 +71,9 @@ def test_certificates_survive_sampling_and_attack(tmp_path, activation, sizes, c
         assert all(checker.verdict(certificates, k) == "holds" for k in range(10))
 
 
-def _cancelling(rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Large weights that cancel exactly in real arithmetic and not in float32."""
-    big = 10.0 ** rng.uniform(3, 6, size=(1, 32))
-    first = (rng.normal(size=(64, 2)), rng.uniform(0.5, 1, size=64))
-    return [first, (np.concatenate([big, -big], axis=1), np.zeros(1))]
-
-
-def _huge_bias(rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [
-        (rng.normal(size=(16, 2)), np.full(16, 1e7)),
-        (rng.normal(size=(8, 16)), np.full(8, -1e7)),
-        (rng.normal(size=(1, 8)), np.zeros(1)),
-    ]
-
-
-def _denormal(rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [
-        (1e-38 * rng.normal(size=(16, 2)), np.zeros(16)),
-        (1e-4 * rng.normal(size=(16, 16)), 1e-42 * rng.normal(size=16)),
-        (1e38 * rng.normal(size=(1, 16)), np.zeros(1)),
-    ]
-
-
-@pytest.mark.parametrize("build", [_cancelling, _huge_bias, _denormal])
+@pytest.mark.parametrize("build", ROUNDING)
 def test_networks_built_to_break_verifiers_that_ignore_rounding(
-    tmp_path: Path, build: Callable[..., list[tuple[np.ndarray, np.ndarray]]]
+    tmp_path: Path, build: Callable[[np.random.Generator], Layers]
 ) -> None:
     broken_without = 0
     for seed in range(6):
@@ -257,3 +237,67 @@ def test_torch_gives_the_same_bounds(tmp_path, activation, normalize) -> None:
     assert np.isfinite(certify(network, regions, effort="split:4", backend=backend("cpu")).bound_offset).all()
     with pytest.raises(ConfigError, match="choose numpy or cpu"):
         backend("no-such-device")
+
+
+def _scaled_clip(path: Path, scale: float = 2.0, kind: str = "Clip") -> Path:
+    """MLP, clip to [-1, 1] (or another last function), then scale * a + 0.5."""
+    rng = np.random.default_rng(3)
+    (w0, b0), (w1, b1) = random_mlp(rng, [3, 16, 2], 2.0)
+    constants = {"w0": w0, "b0": b0, "w1": w1, "b1": b1, "low": np.array(-1.0), "high": np.array(1.0)}
+    constants |= {"scale": np.array([scale, 2.0]), "shift": np.array([0.5, -0.5])}
+    nodes = [
+        helper.make_node("Gemm", ["observation", "w0", "b0"], ["z0"], transB=1),
+        helper.make_node("Relu", ["z0"], ["a0"]),
+        helper.make_node("Gemm", ["a0", "w1", "b1"], ["z1"], transB=1),
+        helper.make_node(kind, ["z1", "low", "high"] if kind == "Clip" else ["z1"], ["a1"]),
+        helper.make_node("Mul", ["a1", "scale"], ["m"]),
+        helper.make_node("Add", ["m", "shift"], ["action"]),
+    ]
+    return save_model(path, nodes, {k: v.astype(np.float32) for k, v in constants.items()}, 3, 2)
+
+
+LIMITS = np.array([[-1.5, -2.5], [2.5, 1.5]], np.float32)
+
+
+def test_a_policy_without_its_last_clip_is_the_same_when_delivered(tmp_path) -> None:
+    path = _scaled_clip(tmp_path / "p.onnx")
+    policy, network = Policy(path), load_network(path)
+    x = np.random.default_rng(0).normal(scale=2.0, size=(4000, 3)).astype(np.float32)
+    for limits in (LIMITS, 0.5 * LIMITS):
+        found = network.unlimited(*limits.astype(float))
+        assert found is not None
+        free, short = found[0](x.astype(float)), found[1]
+        assert (np.abs(free) > np.abs(limits).max()).any() and (short < 1e-5).all()
+        apart = np.abs(np.clip(free, *limits) - np.clip(policy.batch(x), *limits))
+        assert (apart <= short + 1e-5).all()
+
+
+def test_what_does_not_end_in_such_a_clip_keeps_it(tmp_path) -> None:
+    network = load_network(_scaled_clip(tmp_path / "p.onnx"))
+    assert (
+        network.unlimited(*(1.01 * LIMITS).astype(float)) is None
+    )  # delivered actions would be cut by the policy alone
+    assert network.unlimited(*np.full((2, 2), np.nan)) is None
+    for other in (_scaled_clip(tmp_path / "n.onnx", -2.0), _scaled_clip(tmp_path / "t.onnx", kind="Tanh")):
+        assert load_network(other).unlimited(*LIMITS.astype(float)) is None
+
+
+def test_certificates_about_delivered_actions_survive_attack(tmp_path) -> None:
+    """And are tighter, since experts and bounds need not bend with the clip."""
+    rng = np.random.default_rng(4)
+    path = _scaled_clip(tmp_path / "p.onnx")
+    channels = [{"name": n, "low": float(a), "high": float(b)} for n, a, b in zip("ab", *LIMITS, strict=True)]
+    card = {"name": "p", "observations": [{"name": n} for n in "xyz"], "actions": channels}
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(card))
+    policy, network = Policy(path), load_network(path)
+    regions = random_regions(rng, 30, 3, 0.4)
+    delivered, plain = certify(network, regions, limits=policy.card.limits), certify(network, regions)
+    assert limited(delivered).all() and not limited(plain).any()
+    bent = plain.worst > 0.1  # where actions are at their limit all over a region, both are nearly exact
+    assert bent.sum() > 20 and np.median((delivered.worst / plain.worst)[bent]) < 0.9
+    tried, broken = break_certificates(policy, network, delivered, rng)
+    assert tried > 2000 and broken == 0
+    checker = Checker(network)
+    assert all(checker.verdict(delivered, k) == "holds" for k in range(8))
+    shrunk = replace(delivered, bound_offset=0.3 * delivered.bound_offset, bound_weight=0.3 * delivered.bound_weight)
+    assert break_certificates(policy, network, shrunk, rng)[1] > 0

@@ -16,6 +16,7 @@ from laws_ros.build.workloads import BatchStep, Workload, WorkloadSpec
 from laws_ros.cli import main
 from laws_ros.core.card import Channel
 from laws_ros.core.errors import ConfigError, WorkloadError
+from laws_ros.runtime.files import share_path
 from laws_ros.runtime.policy import Policy
 from tests.support import save_model
 
@@ -89,7 +90,7 @@ def test_the_adversary_finds_the_sign_that_harms(policy):
 def test_drawn_errors_are_bounded_and_a_function_of_the_seed(policy, switch_steps):
     task = calibrate._Task(policy, drift(0.9), 6, 0, 0.99, lambda text: None)
     error, draws = task.drawn(switch_steps)
-    runs = [task.run(0.01, error, draws, 0) for _ in range(2)]
+    runs = [task.run(0.01, error, draws, 0, range(6)) for _ in range(2)]
     columns = [x[:, 1] for x in runs[0].observations]
     assert all(np.array_equal(a, b) for a, b in zip(columns, (x[:, 1] for x in runs[1].observations), strict=True))
     values = np.concatenate(columns)
@@ -99,6 +100,26 @@ def test_drawn_errors_are_bounded_and_a_function_of_the_seed(policy, switch_step
         assert values.std() == pytest.approx(3**-0.5, rel=0.1)
     else:
         assert (np.abs(values) == 1.0).all() and switches == pytest.approx(1.0 / switch_steps, abs=0.12)
+
+
+def test_what_is_clearly_not_stood_ends_early_and_what_is_stood_does_not(policy):
+    task = calibrate._Task(policy, drift(0.9), 32, 0, 0.99, lambda text: None)
+    bias = task.drawn(np.inf)
+    crash, stood = (task.measure("bias", amplitude, *bias) for amplitude in (0.16, 0.005))
+    assert crash.episodes == 8 and crash.kept < 0.9
+    assert stood.episodes == 32 and stood.kept > 0.99
+    again = calibrate._Task(policy, drift(0.9), 8, 0, 0.99, lambda text: None)
+    assert again.measure("bias", 0.16, *bias) == crash  # the same episodes, however many were asked for
+
+
+@pytest.mark.parametrize("name", ["cartpole", "arm_sort", "quadruped_walk"])
+def test_a_workloads_default_tolerance_is_what_was_measured(name):
+    pytest.importorskip("mujoco", reason="needs MuJoCo: pip install 'laws_ros[sim]'")
+    found = json.loads(share_path(f"docs/workloads/{name}-calibrate.json").read_text())
+    tolerance = workloads.get(name).spec.tolerance
+    assert found["keep"] == 0.99 and found["episodes"] >= 32
+    assert 0.0 <= found["tolerance"] - tolerance < 1e-4
+    assert found["tolerance"] == min(found["tolerance_by_error"].values())
 
 
 def test_what_cannot_be_calibrated(policy, tmp_path):

@@ -11,11 +11,13 @@ from onnx import helper
 
 from laws_ros.build.verify import Executed, verify
 from laws_ros.core import checker as module
+from laws_ros.core.certificate import Ragged
+from laws_ros.core.certify import certify
 from laws_ros.core.checker import Checker, Proof
 from laws_ros.core.region import Regions
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
-from tests.support import break_certificates, save_model
+from tests.support import break_certificates, random_mlp, save_mlp, save_model
 
 
 def test_it_proves_what_was_certified(built) -> None:
@@ -51,6 +53,37 @@ def test_it_never_proves_a_false_certificate(built, what) -> None:
             proved_false += checker.verdict(false, k) == "holds"
     assert violated >= 5  # or the test proves nothing
     assert proved_false == 0
+
+
+def test_it_proves_balls_and_not_the_boxes_around_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    path = save_mlp(tmp_path / "p.onnx", random_mlp(rng, [3, 24, 24, 2], 0.7))
+    policy, network = Policy(path), load_network(path)
+    axes = np.linalg.qr(rng.normal(size=(16, 3, 3)))[0]
+    balls = Regions.from_axes(rng.normal(size=(16, 3)), axes, rng.uniform(0.1, 0.6, (16, 3)), 3)
+    checker = Checker(network)
+    certificates = certify(network, balls)
+    assert all(checker.verdict(certificates, k) == "holds" for k in range(16))
+    boxes = replace(certificates, round=np.zeros(16, np.int32))
+    executed, false = Executed(policy, boxes), 0
+    for k in range(16):
+        x = boxes.regions.sample(rng, np.full(500, k), 0.5).astype(np.float32)
+        inside, error, bound = executed.compare(np.full(500, k), x)
+        if (inside & (error > bound).any(axis=1)).any():
+            false += 1
+            assert checker.verdict(boxes, k) == "unknown"
+    assert false >= 3  # or the test proves nothing
+
+
+def test_limits_that_the_policy_does_not_keep_are_unknown(built) -> None:
+    """Within its own limits a policy that ends in a clip to [-1, 1] is what it is before that; beyond, it is not."""
+    network, c = built.network, built.library.certificates[:1]
+    found = certify(network, c.regions, limits=np.array([[-1.0, -1.0], [1.0, 1.0]], np.float32))
+    checker = Checker(network)
+    assert checker.verdict(found, 0) == "holds"
+    for row in ([-1.1, -1.0, 1.0, 1.0], [-1.0, -1.0, 1.0, 2.0], [np.nan] * 4, [-1.0, 1.0], [-1.0] * 3):
+        other = replace(found, floats=Ragged.of([np.array(row)], np.float32))
+        assert checker.verdict(other, 0) == "unknown"
 
 
 def test_unknown_for_what_is_not_finite(built) -> None:
@@ -134,7 +167,7 @@ def normalised(folder: Path, form: str, offset: float, scale: float, epsilon: fl
         assert len(x) > 100
         with np.errstate(all="ignore"):
             box, blur = module._enclose(region.transform[0])
-            proof = Proof(network, checker.matrices, center, box, blur, np.zeros(2), np.ones(2))
+            proof = Proof(network, checker.matrices, center, box, blur, np.zeros(2), np.ones(2), np.zeros(2, bool))
             (w, c), (v, d) = proof.above(last, np.eye(2)), proof.above(last, -np.eye(2))
             high, low = x @ w.T + c, x @ v.T + d
         if np.isfinite(high).all() and np.isfinite(low).all():

@@ -138,6 +138,9 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(discrete, built, capsys, tmp
     assert "does not exist" in refused(
         capsys, "build", "--policy", policy, "--workload", "gym:CartPole-v1", "--out", str(tmp_path / "no/o.laws")
     )
+    assert "a folder of that name" in refused(
+        capsys, "build", "--policy", policy, "--workload", "gym:CartPole-v1", "--out", str(tmp_path)
+    )
     assert "sha256" in refused(capsys, "verify", library, "--policy", str(built.path))
     assert "damaged" in refused(capsys, "verify", str(broken), "--policy", policy)
     assert "not a LAWS library" in refused(capsys, "eval", policy, "--policy", policy, "--workload", "gym:CartPole-v1")
@@ -213,10 +216,10 @@ def test_a_policy_that_nothing_can_be_proved_about(capsys, tmp_path) -> None:
     gym = ("--policy", policy, "--workload", "gym:CartPole-v1")
     built = run_json(
         capsys, "build", *gym, "--out", library, "--kind", "statistical", "--decision", "argmax", "--steps", "4000",
-        "--delta", "0.1", "--beta", "0.01", "--fresh-episodes", "60", "--draws", "25",
+        "--delta", "0.1", "--beta", "0.01", "--fresh-episodes", "400",
     )  # fmt: skip
     assert built["regions"] > 0 and built["heldout_hit_rate"] > 0.3 and built["heldout_exceedance"] <= 0.1
-    assert (built["delta"], built["beta"]) == (0.1, 0.01) and built["fresh_draws"] <= 60 * 25
+    assert (built["delta"], built["beta"]) == (0.1, 0.01) and built["fresh_episodes"] == 400
     verified = run_json(
         capsys, "verify", library, "--policy", policy, "--workload", "gym:CartPole-v1", "--episodes", "5"
     )
@@ -256,3 +259,9 @@ def test_collapsed_experts_from_build_to_eval(discrete, capsys, tmp_path) -> Non
     assert any("multiplications left" in law["expert"][0] for law in laws if law["kind"] == "exact")
     balance = ("--policy", str(discrete[0]), "--workload", "gym:CartPole-v1", "--decision", "argmax")
     assert "cannot decide by argmax" in refused(capsys, "build", *balance, "--kind", "exact", "--out", library)
+
+
+def test_an_effort_that_is_none_is_refused_before_any_work(capsys, tmp_path) -> None:
+    arguments = ["build", "--policy", "p.onnx", "--workload", "cartpole", "--out", str(tmp_path / "p.laws")]
+    assert main([*arguments, "--effort", "tight"]) == 2
+    assert "effort 'tight': choose interval, forward, backward, optimised, or split:N" in capsys.readouterr().err

@@ -35,7 +35,7 @@ from laws_ros.runtime.cached_policy import CachedPolicy
 from laws_ros.runtime.experts import Experts
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
-from tests.support import random_mlp, random_regions, save_mlp, save_model
+from tests.support import ROUNDING, Layers, denormal, random_mlp, random_regions, save_mlp, save_model
 
 SEEDS = st.integers(0, 2**31)
 
@@ -157,32 +157,10 @@ def test_any_graph(tmp_path_factory: pytest.TempPathFactory, seed: int, kind: st
             assert verdict(checker, replace(certificates, bound_offset=tight), k, 4) == "unknown"
 
 
-def _cancelling(rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    big = 10.0 ** rng.uniform(3, 6, size=(1, 32))
-    first = (rng.normal(size=(64, 2)), rng.uniform(0.5, 1, size=64))
-    return [first, (np.concatenate([big, -big], axis=1), np.zeros(1))]
-
-
-def _huge_bias(rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [
-        (rng.normal(size=(16, 2)), np.full(16, 1e7)),
-        (rng.normal(size=(8, 16)), np.full(8, -1e7)),
-        (rng.normal(size=(1, 8)), np.zeros(1)),
-    ]
-
-
-def _denormal(rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [
-        (1e-38 * rng.normal(size=(16, 2)), np.zeros(16)),
-        (1e-4 * rng.normal(size=(16, 16)), 1e-42 * rng.normal(size=16)),
-        (1e38 * rng.normal(size=(1, 16)), np.zeros(1)),
-    ]
-
-
-@pytest.mark.parametrize("build", [_cancelling, _huge_bias, _denormal])
+@pytest.mark.parametrize("build", ROUNDING)
 @pytest.mark.parametrize("kind", ["exact", "mixed"])
 def test_networks_built_to_break_verifiers_that_ignore_rounding(
-    tmp_path: Path, build: Callable[..., list[tuple[np.ndarray, np.ndarray]]], kind: str
+    tmp_path: Path, build: Callable[[np.random.Generator], Layers], kind: str
 ) -> None:
     broken_without = 0
     for seed in range(4):
@@ -201,7 +179,7 @@ def test_networks_built_to_break_verifiers_that_ignore_rounding(
             patch.setattr(module, "TINY32", 0.0)
             patch.setattr(module, "COURTESY", 0.0)
             broken_without += break_collapsed(policy, network, collapse(network, regions, kind, np.ones(1)), rng)[1]
-    assert broken_without > 0 or build is _denormal  # which only threads that flush denormals to zero would show
+    assert broken_without > 0 or build is denormal  # which only threads that flush denormals to zero would show
 
 
 def test_folded_neurons_are_where_their_state_says(tmp_path) -> None:
@@ -210,8 +188,7 @@ def test_folded_neurons_are_where_their_state_says(tmp_path) -> None:
     certificates = collapse(network, random_regions(rng, 20, 3, 0.2), "exact", np.ones(2))
     seen = set()
     for k in range(len(certificates)):
-        xi = np.concatenate([rng.uniform(-1, 1, (300, 3)), np.sign(rng.normal(size=(100, 3)))])
-        values = network.values(certificates.center[k] + xi @ np.linalg.inv(certificates.transform[k]).T)
+        values = network.values(certificates.regions.sample(rng, np.full(400, k), edge=0.25))
         for _, node, state, _, _ in States.of(certificates, k, network).split(network):
             z = values[node.source]
             edges = [-np.inf, *node.facts.kinks(node.parameters), np.inf]

@@ -18,6 +18,7 @@ from laws_ros.core.certify import certify
 from laws_ros.core.checker import Checker
 from laws_ros.core.errors import ModelError
 from laws_ros.core.network import Network
+from laws_ros.core.point import certify_points
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
 from tests.support import break_certificates, random_mlp, random_regions, save_mlp, save_model
@@ -134,10 +135,15 @@ def examine(
     """Is a policy read as it is executed, and are its certificates unbroken and proved again?"""
     network, policy, rng = load_network(path), Policy(path), np.random.default_rng(0)
     x = rng.normal(size=(100, network.inputs)).astype(F)
+    executed = policy.batch(x)
+    others = [network(x.astype(float))]
     if module is not None:
         with torch.no_grad():
-            np.testing.assert_allclose(policy.batch(x), module(torch.from_numpy(x)).numpy(), atol=3e-6)
-    np.testing.assert_allclose(network(x.astype(float)), policy.batch(x), atol=3e-6)
+            others.append(module(torch.from_numpy(x)).numpy())
+    rounding = certify_points(network, x, executed).bound_offset  # what any order of summation can change
+    for other in others:
+        np.testing.assert_allclose(executed, other, atol=2e-6)  # the worst seen is 2.5e-7, of LayerNormalization
+        assert (np.abs(executed - other) <= rounding).all()
     certificates = certify(network, random_regions(rng, 20, network.inputs, radius))
     assert np.isfinite(certificates.bound_offset).all()
     tried, broken = break_certificates(policy, network, certificates, rng)

@@ -8,11 +8,13 @@ import yaml
 from onnx import helper
 
 from laws_ros.build.grow import grow
+from laws_ros.build.verify import verify
 from laws_ros.core.card import Card, Channel
+from laws_ros.core.errors import ConfigError
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
 from laws_ros.runtime.routing import Router
-from tests.support import save_model
+from tests.support import random_mlp, save_mlp, save_model
 
 TOLERANCE = np.array([0.05, 0.05])
 
@@ -80,7 +82,7 @@ def test_answers_are_within_tolerance_and_stay_in_their_mode(arm, grown):
     hit = found >= 0
     inside, value, bound = certificates.at(found[hit], fresh[hit])
     assert inside.all()
-    assert (np.abs(value - arm[0].batch(fresh[hit])) <= bound + 1e-6).all()  # the reference adds in float64
+    assert (np.abs(arm[0].decide(value) - arm[0].batch(fresh[hit])) <= bound + 1e-6).all()  # float64
     assert (bound <= TOLERANCE).all()
     assert (np.abs(certificates.center[found[hit], 3] - fresh[hit, 3]) < 1e-3).all()
     between = fresh.copy()
@@ -102,3 +104,25 @@ def test_budgets_are_kept(arm):
     assert len(grow(policy, network, x, policy.batch(x), TOLERANCE, max_regions=3).library) <= 3
     none = grow(policy, network, x, policy.batch(x), TOLERANCE, max_certificates=0)
     assert (len(none.library), none.certificates_tried, none.train_coverage) == (0, 0, 0.0)
+
+
+def test_bounds_of_parts_are_tighter_and_take_fewer_regions(tmp_path):
+    path = save_mlp(tmp_path / "p.onnx", random_mlp(np.random.default_rng(0), [3, 16, 16, 1], 1.2))
+    policy, network, tolerance = Policy(path), load_network(path), np.array([0.1])
+    x = np.random.default_rng(1).normal(scale=0.5, size=(3_000, 3)).astype(np.float32)
+    loose, tight = (
+        grow(policy, network, x, policy.batch(x), tolerance, max_certificates=1_500, effort=effort).library
+        for effort in ("backward", "split:4")
+    )
+    assert (loose.certificates.round == 3).any() and not tight.certificates.round.any()  # balls gain nothing by parts
+    assert len(tight) < len(loose)
+    found = verify(tight, policy, network, 5_000, attack=True)
+    assert found.good
+    assert np.nanmedian(found.ratio) < np.nanmedian(verify(loose, policy, network, 5_000, True, recheck=False).ratio)
+
+
+def test_an_effort_that_is_none_is_refused(arm):
+    policy, network = arm
+    x = observations(100, 0)
+    with pytest.raises(ConfigError, match=r"effort 'tight'"):
+        grow(policy, network, x, policy.batch(x), TOLERANCE, effort="tight")

@@ -24,7 +24,7 @@ from laws_ros.core.errors import LibraryError
 from laws_ros.core.library import Library
 from laws_ros.core.record import pack, unpack
 from laws_ros.core.trie import Trie
-from laws_ros.runtime.history import History, recover
+from laws_ros.runtime.history import History, recover, timeline
 from laws_ros.runtime.routing import Router
 
 
@@ -90,6 +90,24 @@ def test_retired_experts_stay_out_until_they_are_restored(built, tmp_path) -> No
         assert history.retired() == dict.fromkeys(ids[:3], "a human took over")
         history.restore(ids[:1], "reviewed")
         assert set(history.experts()[0]) == {ids[0], *ids[3:]}
+
+
+def test_the_timeline_tells_what_became_of_the_experts_also_while_a_learner_writes(built, tmp_path) -> None:
+    path = tmp_path / "h.db"
+    before = time.time()
+    with opened(path, built) as history:
+        ids = history.add(built.library.certificates[:4])
+        history.retire(ids[1:3], "test")
+        history.restore(ids[2:3], "test")
+        later = history.add(built.library.certificates[4:6])
+        found = timeline(path)
+    wanted = [("added", name) for name in ids] + [("retired", name) for name in ids[1:3]]
+    wanted += [("restored", ids[2])] + [("added", name) for name in later]
+    assert [(m.event, m.id) for m in found] == wanted
+    assert before - 1.0 <= min(m.at for m in found) and max(m.at for m in found) <= time.time() + 1.0
+    assert timeline(path) == found
+    with pytest.raises(LibraryError, match="no such history"):
+        timeline(tmp_path / "none.db")
 
 
 def test_uses_add_up(built, tmp_path) -> None:

@@ -20,8 +20,9 @@ PARTS: dict[str, tuple[set[str], set[str]]] = {
     "core": (set(), {"numpy"}),
     "runtime": ({"core"}, {"numpy", "onnx", "onnxruntime", "yaml", "numba"}),
     "build": ({"core", "runtime"}, {"numpy", "scipy", "yaml", "onnx", "onnxruntime", "torch", "mujoco", "gymnasium"}),
+    "fleet": ({"core", "runtime"}, {"numpy", "fsspec", "tuf", "securesystemslib", "cryptography"}),
     "nodes": ({"core", "runtime", "build"}, {"numpy", "rich", "rclpy", "rcl_interfaces", "builtin_interfaces"}),
-    "cli": ({"core", "runtime", "build", "nodes"}, {"numpy", "rich"}),
+    "cli": ({"core", "runtime", "build", "fleet", "nodes"}, {"numpy", "rich"}),
 }
 PARTS["build"][1].update({"matplotlib", "PIL", "rosbags", "array_api_compat"})  # pictures, bags, bounds on torch
 PARTS["nodes"][1].add("rosbags")
@@ -30,7 +31,7 @@ PARTS["nodes"][1].update(MESSAGES)
 
 HOT = ("runtime.cached_policy", "nodes.controller", "nodes.loop")
 # what the hot path must not reach
-OFFLINE = ("core.bounds", "core.propagate", "core.relax", "core.certify", "core.checker", "build")
+OFFLINE = ("core.bounds", "core.propagate", "core.relax", "core.certify", "core.checker", "build", "fleet")
 HEAVY = {"torch", "gymnasium", "mujoco"}
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
+from laws_ros.build import learn
+from laws_ros.build.grow import grow
 from laws_ros.build.learn import Learner
 from laws_ros.core.checker import Checker
 from laws_ros.runtime.history import History
@@ -60,6 +64,28 @@ def test_what_the_library_already_answers_teaches_nothing(built, history) -> Non
     assert learner.learn().misses == 0  # and they are not kept
 
 
+def test_lessons_over_everything_come_when_there_are_half_as_many_more_misses(built, history, monkeypatch) -> None:
+    lessons: list[np.ndarray] = []
+
+    def recorded(policy, network, x, *rest, **named):
+        lessons.append(x)
+        return grow(policy, network, x, *rest, **named)
+
+    monkeypatch.setattr(learn, "grow", recorded)
+    learner = Learner(history, built.policy, built.network, most_certificates=60)
+    seen, whole = np.zeros((0, 3), np.float32), []
+    for part in np.array_split(built.observations[:1000], 10):
+        seen = np.concatenate([seen, part[Router(learner.library, history.tolerance).many(part) < 0]])
+        feed(history, built, part)
+        learner.learn()
+        if len(lessons[-1]) == len(seen):
+            np.testing.assert_array_equal(lessons[-1], seen)  # every miss so far, answered by now or not
+            whole.append(len(seen))
+    assert 2 <= len(whole) < len(lessons)
+    assert all(later >= 1.5 * earlier for earlier, later in pairwise(whole))  # so all of them are three builds' work
+    assert sum(whole) <= 3 * len(seen)
+
+
 def test_a_crash_before_the_misses_are_forgotten_only_repeats_work(built, history, monkeypatch) -> None:
     feed(history, built, built.observations[:500])
     learner = Learner(history, built.policy, built.network)
@@ -87,12 +113,12 @@ def test_experts_whose_traffic_stops_make_room(built, history) -> None:
     learner = Learner(history, built.policy, built.network)
     feed(history, built, old)
     experts = learner.learn(now=0.0).added
-    learner.most_experts = experts
+    learner.most_experts = experts // 2
     later = 20 * history.half_life_s
     feed(history, built, new)
     lesson = learner.learn(now=later)
-    assert lesson.retired == lesson.added > 0
-    assert len(lesson.library) == experts
+    assert lesson.retired == experts + lesson.added - experts // 2 > 0
+    assert len(lesson.library) == experts // 2
     assert share(lesson.library, new) > 0.5 > share(lesson.library, old)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laws_ros.core import library as module
-from laws_ros.core.certificate import KINDS, Certificates, Ragged, kind_code
+from laws_ros.core.certificate import KINDS, Certificates, Ragged, kind_code, limited
 from laws_ros.core.errors import LibraryError
 from laws_ros.core.library import BEFORE_KINDS, MAGIC, Library
 
@@ -111,15 +111,31 @@ def test_kinds_that_this_program_does_not_know_are_refused(built, tmp_path, monk
 
 def test_a_library_from_before_kinds_is_all_linear(built, tmp_path, monkeypatch) -> None:
     path = tmp_path / "old.laws"
-    later = ("kind", "cost", "floats", "octets")
-    before = {k: v for k, v in _arrays(built.library).items() if k.split(".")[1:2] and k.split(".")[1] not in later}
-    rest = {"tolerance": built.library.tolerance, "visits": built.library.visits}
+    later = ("kind", "cost", "floats", "octets", "round")
+    plain = replace(built.library.certificates, **dict.fromkeys(later))  # as they are by default
+    library = replace(built.library, certificates=plain)
+    before = {k: v for k, v in _arrays(library).items() if k.split(".")[1:2] and k.split(".")[1] not in later}
+    rest = {"tolerance": library.tolerance, "visits": library.visits}
     monkeypatch.setattr(Library, "_arrays", lambda self: before | rest)
     monkeypatch.setattr(module, "MAGIC", BEFORE_KINDS)
-    built.library.save(path)
+    library.save(path)
     monkeypatch.undo()
     found = Library.load(path)
-    assert found.ids == built.library.ids and {KINDS[k] for k in found.certificates.kind} == {"linear"}
+    assert found.ids == library.ids and {KINDS[k] for k in found.certificates.kind} == {"linear"}
+
+
+def test_certificates_for_other_limits_than_the_cards_are_refused(built, tmp_path) -> None:
+    limits = built.library.card.limits.ravel()
+    for row, fine in ((limits, True), (1.5 * limits, False), (limits[:2], False)):
+        count = len(built.library)
+        certificates = replace(built.library.certificates, floats=Ragged.of([row] * count, np.float32))
+        path = tmp_path / "l.laws"
+        replace(built.library, certificates=certificates).save(path)
+        if fine:
+            assert limited(Library.load(path).certificates).all()
+            continue
+        with pytest.raises(LibraryError, match="certified for other limits of the actions than the card's"):
+            Library.load(path)
 
 
 def test_a_failed_write_leaves_the_old_library(built, tmp_path, monkeypatch) -> None:
@@ -130,7 +146,7 @@ def test_a_failed_write_leaves_the_old_library(built, tmp_path, monkeypatch) -> 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(LibraryError, match="No space left"):
         replace(built.library, notes={"new": True}).save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.laws"]
@@ -155,7 +171,8 @@ def test_ids_name_content_not_position(built) -> None:
     for field in fields(Certificates):
         changed = getattr(built.library.certificates, field.name)
         if isinstance(changed, Ragged):
-            changed = Ragged.of([np.ones(1), *[np.zeros(0)] * (len(changed) - 1)], changed.values.dtype)
+            rows = [changed.row(k) for k in range(1, len(changed))]
+            changed = Ragged.of([np.append(changed.row(0), 1), *rows], changed.values.dtype)
         else:
             changed = changed.copy()
             changed.flat[0] = np.nextafter(changed.flat[0], np.inf) if changed.dtype.kind == "f" else 5

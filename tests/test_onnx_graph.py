@@ -198,6 +198,8 @@ OPERATORS = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_alone_is_evaluated_bounded_and_checked(name: str, tmp_path: Path) -> None:
     graph, newest = OPERATORS[name], newest_opset(tmp_path)
+    if graph.since > newest:
+        pytest.skip(f"{name} came with opset {graph.since}; this ONNX Runtime reads up to {newest}")
     opsets = sorted({max(13, graph.since), min(17, graph.until), min(newest, graph.until)} - set(range(graph.since)))
     for opset in opsets:
         path = graph.save(tmp_path / f"{opset}.onnx", opset)
@@ -218,7 +220,8 @@ def test_graphs_of_all_operators_equal_onnx_runtime(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
-    opset = data.draw(st.sampled_from([13, 15, 17, 18, 20, 22, 24]))
+    newest = newest_opset(tmp_path_factory.mktemp("newest"))
+    opset = data.draw(st.sampled_from([k for k in (13, 15, 17, 18, 20, 22, 24) if k <= newest]))
     batch = data.draw(st.sampled_from(["batch", 1]))
     plain = ["Relu", "Tanh", "Sigmoid", "Softplus", "Elu", "Selu", "Abs", "Neg", "Identity", "Flatten", "Erf"]
     plain += ["HardSigmoid", "LeakyRelu", "Celu", *(["HardSwish"] if opset >= 14 else [])]

@@ -97,9 +97,9 @@ PARAMETER_FILES = sorted(path for path in (ROOT / "config").glob("*.yaml") if ".
 @pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.name)
 def test_parameter_files_know_only_declared_parameters(path: Path) -> None:
     pytest.importorskip("rclpy", reason="ROS 2 is missing: source its setup.bash or pip install -e '.[ros]'")
-    from laws_ros.nodes import controller, simulator
+    from laws_ros.nodes import controller, learner, simulator
 
-    known = {"/**/controller": controller.PARAMETERS, "/**/simulator": simulator.PARAMETERS}
+    known = {f"/**/{node.__name__.rpartition('.')[2]}": node.PARAMETERS for node in (controller, learner, simulator)}
     data = load_yaml(path)
     assert set(data) <= set(known)
     for node, section in data.items():

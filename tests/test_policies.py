@@ -70,3 +70,27 @@ def test_acas_xu_is_bounded_as_executed(tmp_path) -> None:
     assert tried > 2000 and broken == 0
     checker = Checker(network, "argmin")
     assert all(checker.verdict(certificates, k) == "holds" for k in range(10))
+
+
+@foreign
+def test_acas_xu_is_answered_with_its_own_advisories_in_encounters() -> None:
+    from laws_ros.build import workloads
+    from laws_ros.build.evaluate import policy_rollouts
+    from laws_ros.build.grow import grow
+    from laws_ros.build.verify import verify
+    from laws_ros.runtime.cached_policy import CachedPolicy
+    from laws_ros.runtime.policy import Policy
+
+    path = SHARED / "acasxu_1_1.onnx"
+    network, policy = load_network(path), Policy(path, decision="argmin")
+    seen = policy_rollouts(policy, workloads.get("encounter"), 2, 0)
+    x, advisories = np.concatenate(seen.observations), np.concatenate(seen.actions)
+    assert len(np.unique(advisories)) >= 3  # it was not all clear of conflict
+    growth = grow(policy, network, x, advisories, np.zeros(0), 200, 400)
+    found = verify(growth.library, policy, network, 5_000, True)
+    assert found.good and found.rechecked == len(growth.library) and found.samples == 5_000 and found.attacks > 0
+    cached = CachedPolicy(growth.library, policy)
+    answers = [(cached.lookup(row), advisory) for row, advisory in zip(x, advisories, strict=True)]
+    hits = [(answer.action, advisory) for answer, advisory in answers if answer is not None]
+    assert len(hits) == round(growth.train_coverage * len(x)) > 0.3 * len(x)
+    assert all(np.array_equal(action, advisory) for action, advisory in hits)

@@ -147,7 +147,8 @@ def test_a_straight_start_is_affine_in_every_context():
 
 def test_tiny_training(tmp_path):
     pytest.importorskip("torch", reason="training needs PyTorch: `make torch` adds it")
-    from laws_ros.build.train import Recipe, train
+    from laws_ros.build.cacheable import Recipe
+    from laws_ros.build.train import train
     from laws_ros.runtime.policy import Policy
 
     small = {"hidden": 192, "steps": 40, "rounds": 1, "episodes": 3, "check_episodes": 3, "parity_samples": 500}

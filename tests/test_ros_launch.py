@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from laws_ros.nodes.processes import private_domain
 from laws_ros.runtime.files import share_path
 
 ROOT = Path(__file__).parents[1]
@@ -52,10 +53,13 @@ def test_arguments_and_executables(path: Path) -> None:
     ]
     assert constants
     assert set(constants) <= declared
-    for call in calls(path, "Node"):
-        told = {k.arg: k.value.value for k in call.keywords if k.arg in ("package", "executable")}
-        if told["package"] == "laws_ros":
-            assert os.access(ROOT / "scripts" / told["executable"], os.X_OK)
+    nodes = [{k.arg: k.value for k in call.keywords} for call in calls(path, "Node")]
+    started = [node["executable"] for node in nodes if node["package"].value == "laws_ros"]
+    # controller.launch.py's own `node` is given the name
+    for name in [e.value for e in started if isinstance(e, ast.Constant)] + [
+        c.args[0].value for c in calls(path, "node")
+    ]:
+        assert os.access(ROOT / "scripts" / name, os.X_OK)
 
 
 @pytest.fixture
@@ -73,7 +77,7 @@ def launch(tmp_path: Path):
         "AMENT_PREFIX_PATH": os.pathsep.join([str(tmp_path), os.environ.get("AMENT_PREFIX_PATH", "")]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "ROS_DOMAIN_ID": str(1 + os.getpid() % 100),
+        "ROS_DOMAIN_ID": private_domain(),
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
         "ROS_LOG_DIR": str(tmp_path / "log"),
     }
@@ -93,6 +97,15 @@ def test_sim_launch(launch) -> None:
     output = launch("sim.launch.py", "duration_s:=2", "namespace:=robot1", "clock:=false")
     assert "/robot1/joint_states -> /robot1/slider_effort_controller/commands" in output
     assert output.count("process has finished cleanly") == 2, output
+
+
+@needs_launch
+def test_a_folder_of_state_brings_a_learner(launch, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    output = launch("sim.launch.py", "duration_s:=6", "namespace:=robot1", "clock:=false", f"state:={state}")
+    assert f"[robot1.learner]: configured: {state}/robot1: " in output
+    assert output.count("process has finished cleanly") == 3, output
+    assert (state / "robot1" / "library.laws").is_file()
 
 
 @needs_launch

@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("rclpy", reason="ROS 2 is missing: source its setup.bash or pip install -e '.[ros]'")
 pytest.importorskip("mujoco", reason="MuJoCo is missing: pip install -e '.[sim]'")
 
+from laws_ros.nodes.processes import private_domain
+
 PATIENCE_S = 120.0
 LAWS = [sys.executable, "-m", "laws_ros.cli"]
 
@@ -24,7 +26,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[1]),
-        "ROS_DOMAIN_ID": str(1 + os.getpid() % 100),
+        "ROS_DOMAIN_ID": private_domain(),
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
         "ROS_LOG_DIR": str(tmp_path / "log"),
     }

@@ -1,22 +1,29 @@
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
-from laws_ros.build.grow import answered
+from laws_ros.build.grow import answered, grow
 from laws_ros.core import router
 from laws_ros.core.certificate import FORMAL, KINDS, kind_code
 from laws_ros.core.errors import ConfigError, ObservationError
 from laws_ros.core.library import Library
+from laws_ros.core.router import Tables
 from laws_ros.runtime import routing
 from laws_ros.runtime.cached_policy import CachedPolicy, check_tolerance
+from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
 from laws_ros.runtime.routing import Router
-from tests.support import save_mlp
+from laws_ros.runtime.sessions import session
+from tests.support import random_mlp, save_mlp
 
 
 def some(library: Library, which: np.ndarray) -> Library:
@@ -130,7 +137,7 @@ def test_a_larger_tolerance_answers_more(built) -> None:
 
 
 def test_compiled_and_plain_router_are_the_same_function(built) -> None:
-    if routing._route is router.route:
+    if routing._framed is None:
         pytest.skip("numba is not installed: there is only the plain router")
     compiled = Router(built.library, built.library.tolerance)
     for x in queries(built, 2, 200):
@@ -139,6 +146,110 @@ def test_compiled_and_plain_router_are_the_same_function(built) -> None:
         assert router.route(x, *compiled._arguments) == region
         if region >= 0:
             np.testing.assert_array_equal(compiled.bound, bound)
+
+
+@pytest.mark.parametrize("decision", ["argmax", "argmin"])
+def test_compiled_and_plain_router_decide_the_same_by_the_same_numbers(built, tmp_path, decision) -> None:
+    if routing._framed is None:
+        pytest.skip("numba is not installed: there is only the plain router")
+    rng = np.random.default_rng(1)
+    policy = Policy(save_mlp(tmp_path / "p.onnx", random_mlp(rng, [3, 16, 4])), decision=decision)
+    x = queries(built, 8, 600)
+    grown = grow(policy, load_network(policy.path), x, policy.decide(policy.batch(x)), np.zeros(0), max_regions=100)
+    compiled, hits = Router(grown.library, np.zeros(0)), 0
+    for row in x[:200]:
+        region = compiled(row)
+        wins = compiled.wins.copy()
+        assert router.route(row, *compiled._arguments) == region
+        if region >= 0:
+            hits += 1
+            assert wins.tolist() == compiled.wins.tolist() and wins.argmax() == policy.decide(policy(row))[0]
+    assert hits > 100
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None
+import numpy as np
+from laws_ros.runtime.cached_policy import CachedPolicy
+cached = CachedPolicy.open(*sys.argv[1:3])
+x = np.load(sys.argv[3])
+answers = [cached.answer(row) for row in x]
+assert cached.router.many(x).tolist() == [a.region for a in answers]
+np.savez(sys.argv[4], region=[a.region for a in answers], action=[a.action for a in answers])
+"""
+
+
+def test_without_numba_the_answers_are_the_same(built, tmp_path) -> None:
+    x = queries(built, 10, 100)
+    built.library.save(tmp_path / "l.laws")
+    np.save(tmp_path / "x.npy", x)
+    files = [tmp_path / "l.laws", built.path, tmp_path / "x.npy", tmp_path / "found.npz"]
+    subprocess.run([sys.executable, "-c", WITHOUT_NUMBA, *map(str, files)], check=True, timeout=120)
+    found, cached = np.load(tmp_path / "found.npz"), CachedPolicy(built.library, built.policy)
+    answers = [cached.answer(row) for row in x]
+    assert found["region"].tolist() == [a.region for a in answers]
+    np.testing.assert_array_equal(found["action"], [a.action for a in answers])
+
+
+def test_many_observations_are_routed_as_one_by_one(built) -> None:
+    one, x = Router(built.library, built.library.tolerance), queries(built, 9, 300)
+    assert one.many(x).tolist() == [one(row) for row in x]
+    assert one.many(x[:0]).tolist() == []
+    for wrong in (x[:, :2], x[0], np.zeros((5, 4))):
+        with pytest.raises(ValueError, match="observations of shape"):
+            one.many(wrong)
+
+
+def test_arrays_that_do_not_fit_together_are_refused(built) -> None:
+    c = built.library.certificates
+    for broken in (replace(c, center=c.center[:, :2]), replace(c, bound_offset=c.bound_offset[:-1])):
+        with pytest.raises(ValueError, match=r"certificates\."):
+            Tables.of(broken, built.library.trie)
+    with pytest.raises(ValueError, match="the trie lists region"):
+        Tables.of(c[:5], built.library.trie)
+
+
+def test_a_fixed_library_is_a_mixture_of_experts(built) -> None:
+    """Against the direct implementation, bit for bit: a gate of region tests, the products of all experts, a sum."""
+    library, c = built.library, built.library.certificates
+    count, rows, n = c.expert_weight.shape
+    weight = np.concatenate([c.expert_weight, c.expert_bias[..., None]], axis=2)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["weight", "observation"], ["value"])],
+        "mixture",
+        [helper.make_tensor_value_info("observation", TensorProto.FLOAT, [count, n + 1, 1])],
+        [helper.make_tensor_value_info("value", TensorProto.FLOAT, [count, rows, 1])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    experts = session(model.SerializeToString(), "mixture")
+    order = sorted(range(count), key=lambda k: (c.cost[k], library.ids[k]))
+
+    def gate(x: np.ndarray) -> np.ndarray:
+        for k in order:
+            away = x.astype(float) - c.center[k]
+            xi = np.array([sum((t * d for t, d in zip(row, away, strict=True)), 0.0) for row in c.transform[k]])
+            box = n - c.round[k]
+            if not (np.abs(xi[:box]) <= 1.0).all() or not sum((z * z for z in xi[box:]), 0.0) <= 1.0:
+                continue
+            terms = zip(c.bound_weight[k], c.bound_offset[k], strict=True)
+            bound = [sum((w * z for w, z in zip(row, xi, strict=True)), offset) for row, offset in terms]
+            if (np.array(bound) <= library.tolerance).all():
+                return np.eye(1, count, k, dtype=np.float32)[0]
+        return np.zeros(count, np.float32)
+
+    cached, hits = CachedPolicy(library, built.policy), 0
+    for x in queries(built, 7, 300):
+        chosen = gate(x)
+        everywhere = np.tile(np.append(x, np.float32(1.0))[None, :, None], (count, 1, 1))
+        values = experts.run(None, {"observation": everywhere})[0][:, :, 0]
+        direct = np.clip(chosen @ values, -1.0, 1.0) if chosen.any() else built.policy.decide(built.policy(x))
+        answer = cached.answer(x)
+        assert answer.region == (int(chosen.argmax()) if chosen.any() else -1)
+        np.testing.assert_array_equal(answer.action, direct)
+        hits += chosen.any()
+    assert hits > 100
 
 
 def test_answers_keep_their_bound_and_limits(built) -> None:
@@ -154,6 +265,22 @@ def test_answers_keep_their_bound_and_limits(built) -> None:
     assert hits > 500
     for bad in ([np.nan, 0, 0], [np.inf, 0, 0], [1e30, 0, 0]):
         assert cached.lookup(np.array(bad, np.float32)) is None
+
+
+def test_answers_leave_nothing_behind(built) -> None:
+    cached, x = CachedPolicy(built.library, built.policy), queries(built, 11, 500)
+    x = x[cached.router.many(x) >= 0]
+
+    def blocks() -> int:
+        for _ in range(10_000 // len(x)):
+            for row in x:
+                cached.lookup(row)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    blocks()
+    before = blocks()
+    assert blocks() - before < 200  # of the interpreter's memory, after ten thousand hits
 
 
 def test_an_empty_library_leaves_everything_to_the_policy(built) -> None:

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from laws_ros.build.statistical import draw, examine, grow_statistical
+from laws_ros.build.statistical import examine, grow_statistical, trial
 from laws_ros.build.verify import verify
 from laws_ros.build.workloads import Step, Workload, WorkloadSpec, rollouts
 from laws_ros.core.card import Channel
 from laws_ros.core.certificate import KINDS, Ragged
 from laws_ros.core.errors import LibraryError, ModelError
 from laws_ros.core.library import Library
-from laws_ros.core.statistical import Evidence, log_tail, refuted, samples_needed, upper_limit
+from laws_ros.core.region import Regions
+from laws_ros.core.statistical import Evidence, drawn, log_tail, refuted, samples_needed, upper_limit
 from laws_ros.runtime.cached_policy import CachedPolicy
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
@@ -65,12 +66,11 @@ def policy(tmp_path_factory) -> Policy:
 @pytest.fixture(scope="module")
 def grown(policy):
     run = rollouts(WALK, lambda x: policy.decide(policy.batch(x)), 150, 1)
-    drawn = draw(policy, WALK, 8000, 1, 2)
-    return grow_statistical(policy, np.concatenate(run.observations), drawn, np.array([0.15]), DELTA, BETA)
+    return grow_statistical(policy, run.observations, trial(policy, WALK, DELTA, BETA, 2, 2000), np.array([0.15]))
 
 
-def fresh(policy: Policy, seed: int = 9) -> np.ndarray:
-    return np.concatenate(rollouts(WALK, lambda x: policy.decide(policy.batch(x)), 200, seed).observations)
+def fresh(policy: Policy, seed: int = 9) -> list[np.ndarray]:
+    return rollouts(WALK, lambda x: policy.decide(policy.batch(x)), 200, seed).observations
 
 
 def test_the_limit_is_that_of_clopper_and_pearson() -> None:
@@ -106,14 +106,18 @@ def test_the_fewest_samples_are_what_the_logarithm_says() -> None:
 
 
 def test_a_record_comes_back_and_a_bad_one_is_named() -> None:
-    evidence = Evidence(0.01, 1e-7, 5000, 3, 400, bytes(range(32)))
+    evidence = Evidence(0.01, 1e-7, 5000, 3, 5000, bytes(range(32)), 12)
     assert Evidence.read(evidence.record()) == evidence and Evidence.inconsistency(evidence.record()) is None
+    before = replace(evidence, stay=0)  # as records were that know of no stay
+    assert Evidence.read(before.record()[:-8]) == before and Evidence.inconsistency(before.record()[:-8]) is None
+    assert evidence.holds and not replace(evidence, episodes=4999).holds  # several draws of an episode show nothing
     for bad in (
         evidence.record()[:-1],
         replace(evidence, delta=0.0).record(),
         replace(evidence, beta=float("nan")).record(),
         replace(evidence, exceedances=5001).record(),
         replace(evidence, episodes=0).record(),
+        replace(evidence, stay=-1).record(),
     ):
         assert "evidence" in (Evidence.inconsistency(bad) or "")
 
@@ -128,8 +132,9 @@ def test_a_library_for_a_policy_that_nothing_can_be_proved_about(policy, grown, 
         evidence = Evidence.read(library.certificates.octets.row(k))
         assert evidence.holds and evidence.beta == BETA / grown.certificates_tried
         assert evidence.samples == evidence.episodes >= samples_needed(DELTA, BETA)  # one draw per episode
+        assert 1 <= evidence.stay <= SPEC.episode_steps
 
-    x = fresh(policy)
+    x = np.concatenate(fresh(policy))
     formal = CachedPolicy(library, policy)
     assert all(formal.lookup(row) is None for row in x)  # never by default
     cached = CachedPolicy(library, policy, kinds=["statistical"])
@@ -145,7 +150,7 @@ def test_fresh_episodes_confirm_or_refute(policy, grown) -> None:
     x = fresh(policy)
     found = verify(grown.library, policy, None, 100, attack=True, fresh=x)
     assert found.good and found.by_kind == {"statistical": {"holds": len(grown.library), "violated": 0, "unknown": 0}}
-    assert found.samples == found.attacks == 0 and found.fresh > 1000
+    assert found.samples == found.attacks == 0 and 100 < found.fresh <= 200 * len(grown.library)
     assert found.exceedances <= DELTA * found.fresh
     c = grown.library.certificates
     lying = replace(grown.library, certificates=replace(c, bound_offset=0.2 * c.bound_offset))
@@ -157,14 +162,45 @@ def test_fresh_episodes_confirm_or_refute(policy, grown) -> None:
 
 
 def test_what_chooses_never_tests(policy, grown) -> None:
-    """Draws come from episodes of their own, one uniform step of each, and follow from their seed alone."""
-    one, same = draw(policy, WALK, 300, 1, 5), draw(policy, WALK, 300, 1, 5)
-    np.testing.assert_array_equal(one.x, same.x)
-    assert one.source == same.source != draw(policy, WALK, 10, 1, 6).source
-    assert len(np.unique(one.episode)) == len(one.x) < 300  # episodes that were over by then give nothing
-    worse = grown.library.certificates
-    worse = replace(worse, bound_offset=0.05 * worse.bound_offset)
-    assert not any(e is not None and e.holds for e in examine(policy, worse, one, DELTA, BETA))
+    """Draws come from episodes of their own and follow from their seed alone."""
+    one, same, other = (trial(policy, WALK, DELTA, BETA, seed, 300) for seed in (5, 5, 6))
+    assert one.source == same.source != other.source
+    c = grown.library.certificates
+    stays = [4] * len(c)
+    assert examine(policy, c, stays, one) == examine(policy, c, stays, same)
+    worse = replace(c, bound_offset=0.05 * c.bound_offset)
+    assert not any(e.holds for e in examine(policy, worse, stays, one))
+
+
+def test_draws_of_one_episode_are_not_taken_for_independent_ones() -> None:
+    """Bad episodes exceed a bound at every visit, and stay four times as long. A tenth of what counts is bad, so the
+    claim of less than a tenth may be made with probability beta at most; visits as if independent make it all the time.
+    """
+    delta, beta, stay, bad = 0.1, 0.05, 10, 0.5 / 9.5  # 10 bad / (10 bad + 5 (1 - bad)) = delta
+    region = Regions(np.zeros((1, 1)), np.eye(1)[None])
+    rng = np.random.default_rng(0)
+    claims = np.zeros(2)
+    for _ in range(600):
+        episodes = [
+            np.concatenate([[7.0], np.full(20, 0.5) if rng.random() < bad else np.full(5, -0.5)])[:, None]
+            for _ in range(60)
+        ]
+        every = [e[np.abs(e[:, 0]) <= 1.0] for e in episodes]
+        for way, x in enumerate((drawn(region, episodes, stay, rng), np.concatenate(every))):
+            claims[way] += upper_limit(int((x > 0).sum()), len(x), beta) <= delta
+    assert claims[0] <= 600 * beta + 4 * math.sqrt(600 * beta)
+    assert claims[1] > 3 * claims[0]
+
+
+def test_an_episode_gives_one_draw_at_most_by_the_time_it_spends_there() -> None:
+    region = Regions(np.zeros((1, 1)), np.eye(1)[None])
+    rng = np.random.default_rng(1)
+    episodes = [np.linspace(-2.0, 2.0, 41, dtype=np.float32)[:, None], np.full((5, 1), 3.0, np.float32)]
+    x = np.concatenate([drawn(region, episodes, 42, rng) for _ in range(8000)])[:, 0]
+    assert abs(len(x) / 8000 - 21 / 42) < 0.03  # 21 of its observations are inside
+    values, counts = np.unique(x, return_counts=True)
+    assert len(values) == 21 and counts.min() > 0.7 * counts.mean()
+    assert all(len(drawn(region, episodes, stay, rng)) == 1 for stay in (1, 5, 21))
 
 
 def test_evidence_that_is_damaged_is_refused(grown, tmp_path) -> None:

@@ -13,9 +13,10 @@ for module in ("mujoco", "scipy"):
     pytest.importorskip(module, reason=f"training needs {module}: `make torch` adds it")
 
 from laws_ros.build import workloads  # noqa: E402
+from laws_ros.build.cacheable import Recipe, saturating_error  # noqa: E402
 from laws_ros.build.cartpole import SPEC, teacher  # noqa: E402
 from laws_ros.build.regularizers import certified_gap, random_boxes  # noqa: E402
-from laws_ros.build.train import Recipe, _Student, saturating_error, train  # noqa: E402
+from laws_ros.build.train import train  # noqa: E402
 from laws_ros.core.card import Card  # noqa: E402
 from laws_ros.core.certify import certify  # noqa: E402
 from laws_ros.core.errors import WorkloadError  # noqa: E402
@@ -68,12 +69,14 @@ def test_manifest_keeps_other_entries(trained, tmp_path):
     assert sorted(json.loads((tmp_path / "MANIFEST.json").read_text())) == ["cartpole.onnx", "other.onnx"]
 
 
-@pytest.mark.parametrize("name", ["cartpole", "arm_sort"])
-def test_shipped_model_is_the_one_in_the_manifest(name):
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("cartpole", 4_000_000), ("arm_sort", 4_000_000), ("quadruped_walk", 1_000_000)]
+)
+def test_shipped_model_is_the_one_in_the_manifest(name, parameters):
     entry = json.loads(share_path("models/MANIFEST.json").read_text())[f"{name}.onnx"]
     path = share_path(f"models/{name}.onnx")
     assert sha256_file(path) == entry["sha256"]
-    assert entry["parameters"] >= 4_000_000
+    assert entry["parameters"] >= parameters
     assert path.stat().st_size < 20_000_000
     recipe = asdict(Recipe(**getattr(workloads.module(name), "RECIPE", {})))
     assert {**asdict(Recipe()), **entry["recipe"]} == recipe  # the command in the manifest makes this model
@@ -86,8 +89,8 @@ def test_contexts_have_boxes_of_their_own(tmp_path):
     recipe = Recipe(hidden=16, steps=2, rounds=0, episodes=1, check_episodes=1, parity_samples=10)
     workload, lines = workloads.get("arm_sort"), []
     card = Card("arm", workload.spec.observations, workload.spec.actions, context=("station", "phase"))
-    student = _Student(workload, workloads.module("arm_sort").teacher(), card, recipe, 0)
-    student.gather(student.teacher, seed=0)
+    student = recipe.student(workload, workloads.module("arm_sort").teacher(), card, 0)
+    student.gather(0)
     student.fit(2, lines.append)
     assert {tuple(c) for c in student.contexts} >= {(0, 0), (0, 1), (0, 2), (0, 3), (1, 4), (1, 5)}
     axes = student.axes.numpy()

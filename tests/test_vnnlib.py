@@ -12,7 +12,7 @@ from onnx import helper
 
 from laws_ros.build.vnnlib import export
 from laws_ros.core.card import Card
-from laws_ros.core.certificate import decision_rows
+from laws_ros.core.certificate import decision_rows, kind_code, limited
 from laws_ros.core.certify import certify
 from laws_ros.core.errors import LawsError, LibraryError
 from laws_ros.core.library import Library
@@ -24,10 +24,13 @@ from laws_ros.runtime.policy import session
 from tests.support import random_mlp, random_regions, save_mlp, save_model
 
 
-def library_of(path: Path, regions: Regions, decision: str = "none") -> Library:
+def library_of(path: Path, regions: Regions, decision: str = "none", limit: float = np.inf) -> Library:
+    """Of boxes, which is what VNN-LIB knows."""
     network = load_network(path)
     card = Card.plain("p", network.inputs, network.outputs, decision)
-    certificates = certify(network, regions, decision)
+    card = replace(card, actions=tuple(replace(c, low=-limit, high=limit) for c in card.actions))
+    boxes = Regions(regions.center, regions.transform)
+    certificates = certify(network, boxes, decision, limits=card.limits if np.isfinite(limit) else None)
     visits = np.ones(len(regions), np.int64)
     library = Library(sha256_file(path), card, np.ones(network.outputs), certificates, Trie.root(), visits)
     return library.indexed(library.trie)
@@ -215,6 +218,38 @@ def test_policies_of_other_shapes(tmp_path) -> None:
         found = margins(export(library, path, 1, tmp_path)[0], xi)
         np.testing.assert_allclose(found, np.concatenate([error - bound, -error - bound], axis=1), atol=1e-5)
         assert found.max() < 0
+
+
+def test_delivered_actions(tmp_path) -> None:
+    """Of policy and expert both cut to the card's limits, though the certificate bounds them before that."""
+    rng = np.random.default_rng(7)
+    path = save_mlp(tmp_path / "p.onnx", random_mlp(rng, [3, 16, 2], 2.0), clip=1.0)
+    library = library_of(path, random_regions(rng, 12, 3, 0.5), limit=1.0)
+    assert limited(library.certificates).all()
+    xi, beyond = points(rng, 300, 3), 0
+    for index in range(len(library)):
+        c = library.certificates[index]
+        x = c.center + np.linalg.solve(c.transform, xi.T.astype(float)).T
+        expert = x @ c.expert_weight.astype(float).T + c.expert_bias
+        beyond += int((np.abs(expert) > 1.0).sum())
+        error = load_network(path)(x) - np.clip(expert, -1.0, 1.0)
+        bound = xi @ c.bound_weight.T + c.bound_offset
+        found = margins(export(library, path, index, tmp_path)[0], xi)
+        np.testing.assert_allclose(found, np.concatenate([error - bound, -error - bound], axis=1), atol=1e-4)
+        assert (found < 0).all()
+    assert beyond > 300  # or nothing was cut
+
+
+def test_what_vnnlib_cannot_say_is_refused(tmp_path) -> None:
+    library = small(tmp_path, [3, 8, 2], 1, 0.3)
+    c = library.certificates
+    for name, value, match in (
+        ("round", np.array([2], np.int32), "it is round, and VNN-LIB has boxes only"),
+        ("kind", np.array([kind_code("exact")], np.uint8), "only affine experts .* is of kind exact"),
+        ("kind", np.array([kind_code("statistical")], np.uint8), "only affine experts .* is of kind statistical"),
+    ):
+        with pytest.raises(LibraryError, match=match):
+            export(replace(library, certificates=replace(c, **{name: value})), tmp_path / "p.onnx", 0, tmp_path)
 
 
 def test_bad_input(tmp_path) -> None:

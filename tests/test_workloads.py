@@ -16,7 +16,8 @@ pytest.importorskip("mujoco", reason="workload tests need MuJoCo: pip install 'l
 gymnasium = pytest.importorskip("gymnasium", reason="workload tests need Gymnasium: pip install 'laws_ros[gym]'")
 
 ALL = [
-    *("cartpole", "arm_sort?zipf=1.5", "quadruped_walk"),
+    *(name for name, _ in workloads.names()[:-2]),  # all but gym: and bags, so that a new one is held to it, too
+    *("arm_sort?zipf=1.5", "quadruped_walk?ground=rough"),
     *("gym:CartPole-v1", "gym:Pendulum-v1", "gym:MountainCarContinuous-v0"),
 ]
 STEPS = 60
@@ -215,7 +216,7 @@ def test_unsupported_spaces(observed, acted, message):
 
 def test_names_are_listed_without_simulators():
     names = [name for name, _ in workloads.names()]
-    assert names == ["cartpole", "arm_sort", "quadruped_walk", "gym:ENV_ID", "BAG"]
+    assert {"cartpole", "arm_sort", "quadruped_walk"} < set(names) and names[-2:] == ["gym:ENV_ID", "BAG"]
     assert all(about for _, about in workloads.names())
 
 

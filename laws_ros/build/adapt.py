@@ -69,14 +69,15 @@ def adapt(
     Args:
         out: the ONNX file to write; its card goes beside it.
         tolerance: [m] for both libraries, as for `laws build`.
-        recipe: fields of train.Recipe that differ from their defaults.
+        recipe: fields of cacheable.Recipe that differ from their defaults.
         steps, max_regions: observations and budget of the libraries that are compared.
 
     Raises:
         WorkloadError: the policy does not fit the workload.
         ModelError: `out` is the policy's own file.
     """
-    from .train import Recipe, distil
+    from .cacheable import Recipe
+    from .train import distil
 
     check_fit(policy, workload)
     if out.exists() and out.samefile(policy.path):

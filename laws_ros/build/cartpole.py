@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,9 @@ PUSH_S = 0.1
 PUSH_N = {"cart": 6.0, "pole": 1.6}  # largest force on each body, at its centre of mass
 
 
+@cache
 def load_model() -> Any:
-    """The mujoco.MjModel of sim/cartpole.xml."""
+    """The mujoco.MjModel of sim/cartpole.xml; one for all, so copy it to change it."""
     import mujoco
 
     return mujoco.MjModel.from_xml_path(str(share_path("sim/cartpole.xml")))

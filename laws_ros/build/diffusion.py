@@ -9,11 +9,9 @@ graph. Of the chunk the first action is executed (receding horizon).
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,27 +19,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from laws_ros.core.card import Card
-from laws_ros.runtime.files import sha256_file
-from laws_ros.runtime.policy import Policy
 
-from .train import Teacher, lesson, record, returns, write_card
-from .workloads import Rollouts, Workload, get, rollouts
+from .student import Lessons, Student, Teacher
+from .workloads import Rollouts, Workload
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train.
+class Recipe(Lessons):
+    """How to train, with AdamW and a cosine.
 
     Attributes:
         hidden, blocks: width and number of the residual blocks.
         chunk: actions that are predicted together.
         levels: noise levels in training; `denoising`: how many of them the policy goes through.
-        steps, batch, learning_rate: AdamW with a cosine to zero.
         average: decay of the exponential average of the weights, which is what is exported.
-        rounds, episodes: rounds driven by the policy itself (DAgger) after the teacher's, episodes for each.
         jitter: standard deviation, as a share of the range, of noise on the teacher's actions in half of its episodes.
-        check_episodes, parity_samples: size of the final checks.
     """
+
+    kind: ClassVar[str] = "diffusion"
 
     hidden: int = 480
     blocks: int = 4
@@ -57,6 +52,9 @@ class Recipe:
     jitter: float = 0.1
     check_episodes: int = 50
     parity_samples: int = 5000
+
+    def student(self, workload: Workload, teacher: Teacher, card: Card, seed: int) -> DiffusionStudent:
+        return DiffusionStudent(workload, teacher, card, self, seed)
 
 
 class _Block(nn.Module):
@@ -108,13 +106,13 @@ class DiffusionNet(nn.Module):
         """What the denoiser is told of observations [N, n]: discrete ones one-hot, by nearest value."""
         parts = [(observations[:, self.keep] - self.mean) * self.scale]
         for column, values in self.values:
-            gap = observations[:, column : column + 1] - torch.tensor(values)
+            gap = observations[:, column : column + 1] - torch.tensor(values, device=observations.device)
             parts.append((gap.abs() < 0.5).float())
         return self.encoder(torch.cat(parts, dim=1))
 
     def clean(self, noisy: Tensor, level: Tensor, condition: Tensor) -> Tensor:
         """The denoiser's guess [N, chunk m] at the actions behind noisy ones, at levels [N, 1] in (0, 1]."""
-        waves = level * (2.0 ** torch.arange(16)) * 0.5
+        waves = level * (2.0 ** torch.arange(16, device=level.device)) * 0.5
         told = condition + self.level(torch.cat([torch.sin(waves), torch.cos(waves)], dim=1))
         features = self.enter(noisy)
         for block in self.blocks:
@@ -139,141 +137,85 @@ def signal(level: float) -> float:
     return float(np.cos(0.5 * np.pi * 0.99 * level))
 
 
-def train_diffusion(
-    workload_name: str,
-    out_dir: str | Path,
-    *,
-    seed: int = 0,
-    log: Callable[[str], None] = print,
-    recipe: Recipe | None = None,
-) -> dict[str, Any]:
-    """Train, export and check a diffusion policy for a workload that has a teacher.
+class DiffusionStudent(Student):
+    """Actions are in units of their limit; what is exported is the average of the weights."""
 
-    Writes NAME_diffusion.onnx, its card and its entry in MANIFEST.json in `out_dir`; returns the entry.
+    seeds = 500
+    recipe: Recipe
+    net: DiffusionNet
 
-    Raises:
-        WorkloadError: unknown workload, or one without a teacher.
-    """
-    started = time.monotonic()
-
-    def progress(line: str) -> None:
-        log(f"{time.monotonic() - started:6.0f} s {line}")
-
-    recipe = recipe or Recipe()
-    workload, (teacher, _) = get(workload_name), lesson(workload_name)
-    torch.manual_seed(seed)
-    student = _Student(workload, teacher, recipe, seed)
-    for round_ in range(recipe.rounds + 1):
-        student.gather(round_, seed)
-        student.fit(recipe.steps // (recipe.rounds + 1), progress)
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{workload_name.partition('?')[0]}_diffusion.onnx"
-    student.export(path)
-    spec = workload.spec
-    write_card(path.with_suffix(".yaml"), Card(spec.name, spec.observations, spec.actions, context=spec.context))
-    policy = Policy(path)
-    progress(f"wrote {path}; checking")
-    seen = student.data[np.random.default_rng(2).integers(len(student.data), size=recipe.parity_samples)]
-    entry: dict[str, Any] = {
-        "sha256": sha256_file(path),
-        "command": f"laws train {workload_name} --policy diffusion --seed {seed}",
-        "bytes": path.stat().st_size,
-        "parameters": sum(p.numel() for p in student.net.parameters()),
-        "recipe": asdict(recipe),
-        "parity": {
-            "observations": len(seen),
-            "worst_action_difference": float(np.abs(policy.batch(seen) - student(seen)).max()),
-        },
-        **returns(student.run, teacher, policy, recipe.check_episodes, seed=seed * 1000 + 999),
-        "seconds": round(time.monotonic() - started),
-        "torch": torch.__version__,
-    }
-    record(path, entry)
-    progress(f"return {entry['policy_return']} (teacher {entry['teacher_return']})")
-    return entry
-
-
-class _Student:
-    """The network, its data, and the loop that brings them together; actions are in units of their limit."""
-
-    def __init__(self, workload: Workload, teacher: Teacher, recipe: Recipe, seed: int) -> None:
-        self.workload, self.teacher, self.recipe = workload, teacher, recipe
-        spec = workload.spec
-        self.limit = np.array([c.high for c in spec.actions], np.float32)
+    def __init__(self, workload: Workload, teacher: Teacher, card: Card, recipe: Recipe, seed: int) -> None:
+        super().__init__(workload, teacher, card, recipe, seed)
+        self.limit = np.array([c.high for c in card.actions], np.float32)
         values = [
-            [float(v) for v in range(int(c.low), int(c.high) + 1)] if c.name in spec.context else None
-            for c in spec.observations
+            [float(v) for v in range(int(c.low), int(c.high) + 1)] if c.name in card.context else None
+            for c in card.observations
         ]
-        self.net = DiffusionNet(values, self.limit, recipe)
+        self.net = DiffusionNet(values, self.limit, recipe).to(self.device)
         self.averaged = copy.deepcopy(self.net)
-        self.rng = np.random.default_rng(seed)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, recipe.learning_rate, total_steps=recipe.steps + 1, pct_start=0.05
         )
-        self.data = np.zeros((0, len(spec.observations)), np.float32)
+        self.optimizer.register_step_pre_hook(self._clip)
+        self.optimizer.register_step_post_hook(self._average)
         self.chunks = np.zeros((0, self.net.width), np.float32)
-        self.step = 0
 
     def __call__(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
         """The policy itself: physical observations [N, n] to physical actions [N, m]."""
         with torch.no_grad():
-            answer: NDArray[np.float32] = self.averaged(torch.from_numpy(observations)).numpy()
+            answer: NDArray[np.float32] = self.averaged(self.tensor(observations)).cpu().numpy()
         return answer
 
-    def run(self, driver: Callable[[NDArray[np.float32]], NDArray[Any]], episodes: int, seed: int) -> Rollouts:
-        return rollouts(self.workload, driver, episodes, seed)
+    def demonstrate(self, observations: NDArray[np.float32]) -> NDArray[Any]:
+        """The teacher, half of the lanes with disturbed actions."""
+        noise = self.rng.normal(0.0, self.recipe.jitter, (len(observations), len(self.limit)))
+        noise[::2] = 0.0
+        return self.teacher(observations) + noise * self.limit
 
-    def gather(self, round_: int, seed: int) -> None:
-        """Episodes of the teacher, half of them with disturbed actions, then of the policy; the teacher labels all."""
-
-        def disturbed(observations: NDArray[np.float32]) -> NDArray[Any]:
-            noise = self.rng.normal(0.0, self.recipe.jitter, (len(observations), len(self.limit)))
-            noise[::2] = 0.0
-            return self.teacher(observations) + noise * self.limit
-
-        found = self.run(self if round_ else disturbed, self.recipe.episodes, seed * 1000 + 500 + round_)
+    def learn_from(self, found: Rollouts) -> None:
+        first = not len(self.data)
         for observations in found.observations:
             wanted = np.clip(self.teacher(observations) / self.limit, -1.0, 1.0).astype(np.float32)
             ahead = np.minimum(np.arange(len(wanted))[:, None] + np.arange(self.recipe.chunk), len(wanted) - 1)
             self.data = np.concatenate([self.data, observations])
             self.chunks = np.concatenate([self.chunks, wanted[ahead].reshape(len(wanted), -1)])
-        if round_ == 0:
-            moving = torch.from_numpy(self.data)[:, self.net.keep]
+        if first:
+            moving = torch.from_numpy(self.data)[:, self.net.keep.cpu()]
             for net in (self.net, self.averaged):
                 net.mean.copy_(moving.mean(0))
                 net.scale.copy_(1.0 / moving.std(0))
 
-    def fit(self, steps: int, log: Callable[[str], None]) -> None:
+    def loss(self, rows: NDArray[np.intp]) -> Tensor:
         recipe = self.recipe
-        for _ in range(steps):
-            rows = self.rng.integers(len(self.data), size=recipe.batch)
-            x, clean = torch.from_numpy(self.data[rows]), torch.from_numpy(self.chunks[rows])
-            level = torch.from_numpy(self.rng.integers(1, recipe.levels + 1, (recipe.batch, 1)) / recipe.levels).float()
-            kept = torch.cos(0.5 * torch.pi * 0.99 * level)
-            noisy = kept * clean + (1.0 - kept**2).sqrt() * torch.randn_like(clean)
-            loss = (self.net.clean(noisy, level, self.net.condition(x)) - clean).square().mean()
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-            self.optimizer.step()
-            self.schedule.step()
-            self.step += 1
-            with torch.no_grad():
-                share = max(1.0 - recipe.average, 1.0 / self.step)
-                for mine, theirs in zip(self.averaged.parameters(), self.net.parameters(), strict=True):
-                    mine.lerp_(theirs, share)
-            if self.step % max(1, recipe.steps // 20) == 0:
-                first = self.chunks[rows, : len(self.limit)] * self.limit
-                error = np.abs(self(self.data[rows]) - first) / self.limit
-                log(f"step {self.step}: loss {loss.item():.5f}, first action's mean error {error.mean():.4f}")
+        x, clean = self.tensor(self.data[rows]), self.tensor(self.chunks[rows])
+        level = self.tensor(self.rng.integers(1, recipe.levels + 1, (recipe.batch, 1)) / recipe.levels).float()
+        kept = torch.cos(0.5 * torch.pi * 0.99 * level)
+        noisy = kept * clean + (1.0 - kept**2).sqrt() * torch.randn_like(clean)
+        loss = (self.net.clean(noisy, level, self.net.condition(x)) - clean).square().mean()
+        self._last = rows, loss.item()
+        return loss
+
+    def progress(self) -> str:
+        rows, loss = self._last
+        error = np.abs(self(self.data[rows]) / self.limit - self.chunks[rows, : len(self.limit)])
+        return f"loss {loss:.5f}, first action's mean error {error.mean():.4f}"
+
+    def _clip(self, *_: object) -> None:
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+
+    def _average(self, *_: object) -> None:
+        """Exponential average of the weights, at first the plain mean."""
+        share = max(1.0 - self.recipe.average, 1.0 / (self.step + 1))
+        with torch.no_grad():
+            for mine, theirs in zip(self.averaged.parameters(), self.net.parameters(), strict=True):
+                mine.lerp_(theirs, share)
 
     def export(self, path: Path) -> None:
-        """Write the whole denoising schedule as one ONNX graph (opset 17, float32, free batch)."""
+        """The whole denoising schedule as one graph."""
         self.averaged.eval()
         torch.onnx.export(
-            self.averaged,
+            copy.deepcopy(self.averaged).cpu(),
             (torch.from_numpy(self.data[:2]),),
             str(path),
             input_names=["observation"],

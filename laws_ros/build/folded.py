@@ -89,7 +89,7 @@ def grow_collapsed(
     def certify(center: Floats, axes: Floats, widths: Floats) -> tuple[Certificates, NDArray[np.bool_]]:
         nonlocal tried
         tried += len(center)
-        found = collapse(network, Regions.from_axes(center, axes, widths), kind, tolerance)
+        found = collapse(network, Regions.from_axes(center, axes, widths).brief(), kind, tolerance).brief()
         return found, (found.cost <= budget) & (found.bound_offset <= tolerance).all(axis=1)
 
     if base:

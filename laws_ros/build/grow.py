@@ -1,10 +1,18 @@
 """Growing a library over the observations that a workload visits.
 
-Most-visited node first. Its observations are set apart by which actions are at their limits, as a limit is a bend that
-no box should straddle. A box in the principal axes of each set, larger than it needs, is certified; where its bound, at
-the observations themselves, is small enough, it becomes an expert and is widened as far as it still answers them well.
-If it is not, a tight box is tried where it may do. What is left is split at the sensor along which the policy bends
-most (its largest second difference), and both halves try again. docs/adr/0007-arm-sort.md has what each of this buys.
+Most-visited node first. A ball in the principal axes of its observations, larger than it needs, is certified; where
+its bound, at the observations themselves, is small enough, it becomes an expert and is widened as far as it still
+answers them well. If it is not, a tight one is tried where it may do. What is left is split at the sensor along which
+the policy bends most (its largest second difference), and both halves try again. docs/adr/0018-round-regions.md has
+what this buys.
+
+A policy that ends in the cut to its card's limits is certified before that cut (core.certify). Where the limits bend it
+elsewhere, or it decides, a node's observations are first set apart by which actions are at their limits, as no region
+should straddle such a bend (docs/adr/0007-arm-sort.md).
+
+All of that is done with cheap bounds. If a dearer effort is asked for, regions are boxes; one that just fails, and in
+the end every one that is left, is bounded with that effort, and widened once more by what that leaves room for; unless
+that hardly shrinks the bounds of this policy (docs/adr/0012-tight-library-bounds.md).
 """
 
 from __future__ import annotations
@@ -17,6 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from laws_ros.core.bounds import parts_of
 from laws_ros.core.certificate import Certificates, decision_pairs, decision_rows
 from laws_ros.core.certify import certify
 from laws_ros.core.library import Library
@@ -29,11 +38,17 @@ from laws_ros.runtime.routing import Router
 Floats = NDArray[np.float64]
 
 BATCH = 64  # nodes certified together
+SEARCH = "backward"  # effort of bounds (core.bounds) while searching
+CLOSE = 2.5  # a box whose bound is so many times too large may do with the dearer one
+PAYS = 0.8  # bounds must typically shrink to this, or the dearer effort is given up after the first BATCH of regions
 MARGIN = 1.05  # boxes are a little larger than the observations that made them
 LARGE = 64  # a node with fewer observations borrows a little of its last larger ancestor's covariance:
 PRIOR = 0.1  # as if it had this many observations more, and they that covariance
-SPREAD = 2.0  # and hold this many standard deviations of them along every axis: a few do not show the tails
-GENEROUS = 2.0  # the factor on all of this that is tried first
+# Regions are balls in the observations' principal axes, or boxes where they are to be bounded part by part: what is cut
+# off a ball along one axis, the others keep (docs/adr/0018-round-regions.md).
+SPREAD = 2.0  # a box holds this many standard deviations along every axis: a few observations do not show the tails;
+BEYOND = 1.2  # a ball of k axes this many more than sqrt(k), which is how far they are typically
+GENEROUS = {False: 2.0, True: 1.3}  # the factor on all of this that is tried first, for boxes and for balls
 HOPELESS = 6.0  # where a generous box's bound is typically this many tolerances, a tight one is not tried
 # An accepted region is widened on some of its axes after the others: on all but those across bends by what its bound
 # leaves room for (a share of it, at most MOST times); on the thinner half of these, along which the observations hardly
@@ -44,7 +59,9 @@ ACROSS = (1.5, 1.25)
 HALVES = 1.5
 # Answers that use the tolerance up cost return, and lead the robot where nothing was learned: so a region that answers
 # MANY of its observations, or is widened, must do so within this share of the tolerance. Elsewhere all of it is used.
+# With tight bounds the errors are nearer to them, and bounds of split regions are the same everywhere.
 CAREFUL, MANY = 0.5, 16
+TIGHT = 0.75
 PIECES = 8  # boxes tried at once in a node
 NEAR = 5.0  # a limit this many standard deviations of an action away gets an axis across it,
 MOST_BENDS = 4  # the nearest ones
@@ -99,6 +116,8 @@ def grow(
     max_regions: int = 20_000,
     max_certificates: int = 60_000,
     progress: Callable[[str], None] = lambda text: None,
+    effort: str = SEARCH,
+    keep_out: Callable[[Regions], NDArray[np.bool_]] | None = None,
 ) -> Growth:
     """Build a library for the distribution of the given observations.
 
@@ -109,17 +128,25 @@ def grow(
         tolerance: [m] largest certified action error, action units; ignored for decisions.
         max_regions, max_certificates: the budget.
         progress: called with a line of text now and then.
+        effort: of the bounds of regions that are kept (core.bounds); "backward" is what all of them are found by. With
+            "split:N" regions are boxes.
+        keep_out: [B] which regions may not be, whatever their bounds (a learner's quarantine).
 
     Returns:
         Growth; train_coverage is the share of `observations` that the library answers.
+
+    Raises:
+        ConfigError: an unknown effort.
     """
-    grower = _Grower(policy, network, observations, actions, tolerance, max_regions, max_certificates, progress)
+    parts_of(effort)
+    grower = _Grower(policy, network, observations, actions, tolerance, max_regions, max_certificates, progress, effort)
+    grower.keep_out = keep_out
     return grower.run()
 
 
 def _scaled(regions: Regions, factors: Floats) -> Regions:
     """The same boxes with half-widths times factors [B, n]."""
-    return Regions(regions.center, regions.transform / factors[:, :, None])
+    return Regions(regions.center, regions.transform / factors[:, :, None], regions.round)
 
 
 def _replaced(certificates: Certificates, rows: NDArray[np.intp], others: Certificates) -> Certificates:
@@ -140,7 +167,10 @@ class _Grower:
         max_regions: int,
         max_certificates: int,
         progress: Callable[[str], None],
+        effort: str,
     ) -> None:
+        self.effort = effort
+        self.keep_out: Callable[[Regions], NDArray[np.bool_]] | None = None
         self.policy, self.network, self.tolerance = policy, network, tolerance
         self.decision = policy.card.decision
         self.rows = decision_rows(network.outputs, self.decision)
@@ -149,6 +179,7 @@ class _Grower:
         spread = self.x.std(axis=0)
         self.scale = np.where(spread > 1e-9, spread, 1.0)
         self.tried = 0
+        self.gains: list[float] = []  # of the dearer effort: bounds over the cheap ones of the same regions
         self.splitter = Splitter()
         self.kept: list[Certificates] = []
         self.heap: list[tuple[int, int, _Node]] = []
@@ -156,7 +187,12 @@ class _Grower:
         self.open = np.ones(len(self.x), dtype=bool)  # observations that no kept region answers
         self.discrete = np.array(policy.card.context_indices, int)
         self.free = np.setdiff1d(np.arange(self.x.shape[1]), self.discrete)
+        self.round = parts_of(effort) == 1
         self.contexts = Trie.root()
+        self.limits = None if self.decision != "none" else policy.card.limits
+        # what is cut to the limits in the end is not bent by them: the policy before that
+        found = None if self.limits is None else network.unlimited(*self.limits.astype(float))
+        self.straight = policy.without_last_clip() if found else None
         self.sides = self._limits_reached()
 
     def run(self) -> Growth:
@@ -223,16 +259,26 @@ class _Grower:
         certificates, hits, excess = self._attempt(self._boxes(pieces, generous=True), points)
         again = np.flatnonzero([not h.all() and e < HOPELESS for h, e in zip(hits, excess, strict=True)])
         if len(again):
-            tight, more, _ = self._attempt(self._boxes([pieces[k] for k in again], False), [points[k] for k in again])
+            boxes = self._boxes([pieces[k] for k in again], False)
+            fitted, more, smaller = self._attempt(boxes, [points[k] for k in again])
             better = [j for j, k in enumerate(again) if more[j].sum() > hits[k].sum()]
-            certificates = _replaced(certificates, again[better], tight[better])
+            certificates = _replaced(certificates, again[better], fitted[better])
             for j in better:
                 hits[again[j]] = more[j]
+                excess[again[j]] = smaller[j]
+        close = np.flatnonzero([not h.all() and e < CLOSE for h, e in zip(hits, excess, strict=True)])
+        if len(close) and self._pays():
+            tight, more, _ = self._attempt(certificates[close].regions, [points[k] for k in close], effort=self.effort)
+            self._gain(tight, certificates[close])
+            better = [j for j, k in enumerate(close) if more[j].sum() > hits[k].sum()]
+            certificates = _replaced(certificates, close[better], tight[better])
+            for j in better:
+                hits[close[j]] = more[j]
         full = [k for k, h in enumerate(hits) if h.all()]
         # Half of a node's observations make a box worth keeping; what it leaves over gets boxes of its own.
         some = [k for k, h in enumerate(hits) if 0.5 <= h.mean() < 1.0 or (len(h) < FEWEST and 0.0 < h.mean() < 1.0)]
         if full:
-            self._keep(self._widened(certificates[full], [pieces[k] for k in full]))
+            self._keep(self._widened(certificates[full], [points[k] for k in full]))
         if some:
             self._keep(certificates[some])
         left = [replace(node, points=node.points[self.open[node.points]]) for node in nodes]
@@ -242,6 +288,8 @@ class _Grower:
         """[N, m]: -1, 0 or 1, as an action is at its lower limit, between, at its upper; of a decision, what it is."""
         if self.decision != "none":
             return self.y.astype(np.int8)
+        if self.straight is not None:
+            return np.zeros(self.y.shape, np.int8)
         card = self.policy.card
         low, high = (np.array([getattr(c, k) for c in card.actions], np.float32) for k in ("low", "high"))
         return (self.y >= high).astype(np.int8) - (self.y <= low)
@@ -278,16 +326,22 @@ class _Grower:
         return [node.points[of.reshape(-1) == k] for k in np.argsort(-counts, kind="stable")[:PIECES]]
 
     def _attempt(
-        self, regions: Regions, points: list[NDArray[np.intp]], careful: bool = False
+        self, regions: Regions, points: list[NDArray[np.intp]], share: float | None = None, effort: str = SEARCH
     ) -> tuple[Certificates, list[NDArray[np.bool_]], Floats]:
         """Certificates, which of its own observations each answers, and its worst bound, in tolerances, midway.
 
-        Where many are answered, and where a region is widened (`careful`), only a share of the tolerance is used.
+        Args:
+            share: of the tolerance that may be used; by default less where many are answered.
         """
-        certificates = self._certify(regions)
+        self.tried += len(regions)
+        regions = regions.brief()
+        certificates = certify(self.network, regions, self.decision, BATCH, effort, limits=self.limits).brief()
         which = np.repeat(np.arange(len(points)), [len(p) for p in points])
-        share = np.array([CAREFUL if careful or len(p) >= MANY else 1.0 for p in points])[which, None]
-        hit = answered(certificates, which, self.x[np.concatenate(points)], share * self.tolerance, self.decision)
+        shares = [share or (CAREFUL if len(p) >= MANY else 1.0) for p in points]
+        usable = np.array(shares)[which, None] * self.tolerance
+        hit = answered(certificates, which, self.x[np.concatenate(points)], usable, self.decision)
+        if self.keep_out is not None:
+            hit &= ~self.keep_out(certificates.regions)[which]
         excess = np.zeros(len(points))
         if self.decision == "none":
             excess = (certificates.bound_offset / np.maximum(self.tolerance, 1e-300)).max(axis=1)
@@ -305,77 +359,119 @@ class _Grower:
         visits = np.zeros(len(certificates), np.int64)
         return Library(self.policy.sha256, self.policy.card, self.tolerance, certificates, trie, visits)
 
-    def _certify(self, regions: Regions) -> Certificates:
-        self.tried += len(regions)
-        return certify(self.network, regions, self.decision, batch=BATCH)
-
     def _boxes(self, nodes: list[_Node], generous: bool) -> Regions:
-        """Boxes around the observations of nodes, without extent in what is discrete.
+        """Regions around the observations of nodes, without extent in what is discrete.
 
         Args:
-            generous: larger than they need, except across bends, where another law begins.
+            generous: larger than they need, except across bends, where another law begins. Boxes always, balls if not,
+                are as tight along the one axis along which the action changes most, where no bend is near.
         """
         n, free = self.x.shape[1], self.free
         d, fixed = len(free), len(self.discrete)
         center, axes, widths = np.zeros((len(nodes), n)), np.zeros((len(nodes), n, n)), np.zeros((len(nodes), n))
         axes[:, self.discrete, range(fixed)] = 1.0  # first, as the router tests them first
+        round = np.zeros(len(nodes), np.int32)
         for k, node in enumerate(nodes):
             center[k] = self.x[node.points[0]]
             points = self._relative(node.points)
             mean = points.mean(axis=0)
             prior = PRIOR / (PRIOR + len(points))
             covariance = (1 - prior) * self._covariance(node.points) + prior * node.around + 1e-9 * np.eye(d)
-            vectors, across = self._axes(self._bends(node), points - mean, self.y[node.points], covariance)
+            first = self._bends(node)
+            if not first.shape[1] and not (generous and self.round):
+                slope = np.linalg.lstsq(
+                    points - mean, self.y[node.points] - self.y[node.points].mean(axis=0), rcond=1e-6
+                )
+                first = np.linalg.svd(slope[0])[0][:, : int(np.abs(slope[0]).max() > 1e-9)]
+            across, rest = first.shape[1], np.eye(d) - first @ first.T
+            vectors = np.concatenate([first, np.linalg.eigh(rest @ covariance @ rest)[1][:, across:]], axis=1)
             along = (points - mean) @ vectors
             low, high = along.min(axis=0), along.max(axis=0)
             center[k, free] = (mean + vectors @ (0.5 * (low + high))) * self.scale[free]
             axes[k][np.ix_(free, np.arange(fixed, n))] = self.scale[free, None] * vectors
-            deviation = np.sqrt(np.einsum("ij,ik,kj->j", vectors, covariance, vectors))
+            deviation = np.maximum(np.sqrt(np.einsum("ij,ik,kj->j", vectors, covariance, vectors)), 1e-6)
             least = np.maximum(MARGIN * 0.5 * (high - low), 1e-6)
-            widths[k, fixed:] = (GENEROUS if generous else 1.0) * np.maximum(least, SPREAD * deviation)
+            width = np.maximum(least, SPREAD * deviation)
+            if self.round:
+                round[k] = d - across
+                away = np.linalg.norm(((along - 0.5 * (low + high)) / deviation)[:, across:], axis=1)
+                width = max(MARGIN * away.max(), math.sqrt(d - across) + BEYOND) * deviation
+            widths[k, fixed:] = (GENEROUS[self.round] if generous else 1.0) * width
             widths[k, fixed : fixed + across] = least[:across]
-        return Regions.from_axes(center, axes, widths)
+        return Regions.from_axes(center, axes, widths, round)
 
-    def _axes(self, bends: Floats, points: Floats, actions: Floats, covariance: Floats) -> tuple[Floats, int]:
-        """First the axes across bends, or if there are none one along which the action changes most, then the principal
-        axes of what is left; and how many come first."""
-        first = bends
-        if not bends.shape[1]:
-            slope = np.linalg.lstsq(points, actions - actions.mean(axis=0), rcond=1e-6)[0]
-            first = np.linalg.svd(slope)[0][:, : int(np.abs(slope).max() > 1e-9)]
-        k = first.shape[1]
-        rest = np.eye(len(covariance)) - first @ first.T
-        return np.concatenate([first, np.linalg.eigh(rest @ covariance @ rest)[1][:, k:]], axis=1), k
-
-    def _widened(self, certificates: Certificates, pieces: list[_Node]) -> Certificates:
+    def _widened(
+        self,
+        certificates: Certificates,
+        points: list[NDArray[np.intp]],
+        effort: str = SEARCH,
+    ) -> Certificates:
         """Scale every region up as long as all of its own observations stay answered."""
-        points = [piece.points for piece in pieces]
         axis, fixed = np.arange(self.x.shape[1]), len(self.discrete)
-        across = fixed + np.array([max(1, self._bends(piece).shape[1]) for piece in pieces])[:, None]
-        bends, others = (axis >= fixed) & (axis < across), axis >= across
+        others = certificates.regions.ball if self.round else np.tile(axis > fixed, (len(certificates), 1))
+        bends = ~others & (axis >= fixed)
         edges = np.linalg.inv(certificates.transform)[:, self.free] / self.scale[self.free, None]
         width = np.where(others, np.linalg.norm(edges, axis=1), np.inf)
         thin = others & (width.argsort(axis=1).argsort(axis=1) < len(self.free) // 2)
-        steps = [(others, share, True) for share in ROOM]
-        steps += [(thin, factor, False) for factor in THIN] + [(bends, factor, False) for factor in ACROSS]
-        steps += [(others & (axis >> bit & 1 == side), HALVES, False) for bit in range(4) for side in (0, 1)]
+        share = CAREFUL if effort == SEARCH else TIGHT
+        steps = [(others, part, True) for part in ROOM]
+        if effort == SEARCH:
+            steps += [(thin, factor, False) for factor in THIN] + [(bends, factor, False) for factor in ACROSS]
+            steps += [(others & (axis >> bit & 1 == side), HALVES, False) for bit in range(4) for side in (0, 1)]
         for mask, factor, room in steps:
-            factors = np.where(mask, self._room(certificates, factor) if room else factor, 1.0)
+            factors = np.where(mask, self._room(certificates, factor, effort) if room else factor, 1.0)
             which = np.flatnonzero((factors > 1.02).any(axis=1))
             if len(which):
                 wider = _scaled(certificates.regions[which], factors[which])
-                tried, hits, _ = self._attempt(wider, [points[k] for k in which], careful=True)
+                tried, hits, _ = self._attempt(wider, [points[k] for k in which], share, effort)
                 better = np.array([h.all() for h in hits])
                 certificates = _replaced(certificates, which[better], tried[better])
         return certificates
 
-    def _room(self, certificates: Certificates, share: float) -> Floats:
-        """[B, 1]: the factor on a region's size that its bound leaves room for, or a share of it: bounds grow about as
+    def _room(self, certificates: Certificates, part: float, effort: str) -> Floats:
+        """[B, 1]: the factor on a region's size that its bound leaves room for, or a part of it: bounds grow about as
         the square of the size."""
         if self.decision != "none":
-            return np.full((len(certificates), 1), 1.0 + share)
-        room = (self.tolerance / np.maximum(certificates.worst, 1e-300)).min(axis=1, keepdims=True)
-        return np.asarray(1.0 + share * (np.clip(0.95 * np.sqrt(room), 1.0, MOST) - 1.0))
+            return np.full((len(certificates), 1), 1.0 + part)
+        most = 1.0 if effort == SEARCH else TIGHT
+        room = np.clip(0.95 * np.sqrt(most / np.maximum(self._largest(certificates), 1e-300)), 1.0, MOST)
+        return np.asarray(1.0 + part * (room[:, None] - 1.0))
+
+    def _largest(self, certificates: Certificates) -> Floats:
+        """[B]: the largest bound of each, in tolerances; of a decision, of which every bound counts, their mean."""
+        if self.decision != "none":
+            return np.asarray(certificates.worst.mean(axis=1))
+        return np.asarray((certificates.worst / np.maximum(self.tolerance, 1e-300)).max(axis=1))
+
+    def _tightened(self, certificates: Certificates, points: list[NDArray[np.intp]]) -> Certificates:
+        """The same regions with dearer bounds where these are smaller, and wider where they leave room."""
+        done = []
+        for start in range(0, len(certificates), BATCH):
+            some = slice(start, start + BATCH)
+            part = certificates[some]
+            if self._pays():
+                tried, hits, _ = self._attempt(part.regions, points[some], 1.0, self.effort)
+                smaller = self._gain(tried, part) < 1.0
+                better = np.flatnonzero([h.all() and s for h, s in zip(hits, smaller, strict=True)])
+                part = _replaced(part, better, tried[better])
+                part = self._widened(part, points[some], self.effort)
+                self.progress(f"{start + len(part)} of {len(certificates)} regions bounded by {self.effort}")
+            done.append(part)
+        return Certificates.join(done)
+
+    def _gain(self, tight: Certificates, loose: Certificates) -> Floats:
+        """[B]: what is left of the bounds of the same regions; kept in mind."""
+        new, old = self._largest(tight), self._largest(loose)
+        known = np.isfinite(new) & np.isfinite(old)
+        gain = np.where(known, new, np.isinf(new)) / np.where(known, np.maximum(old, 1e-300), 1.0)
+        self.gains += gain.tolist()
+        return gain
+
+    def _pays(self) -> bool:
+        """Is the dearer effort worth its price for this policy? It is tried on a batch of regions first."""
+        if self.effort == SEARCH:
+            return False
+        return len(self.gains) < BATCH or float(np.median(self.gains)) < PAYS
 
     def _split(self, nodes: list[_Node]) -> None:
         if not nodes:
@@ -387,7 +483,7 @@ class _Grower:
             middle, extent = 0.5 * (points.min(axis=0) + points.max(axis=0)), 0.5 * np.ptp(points, axis=0)
             extents.append(extent)
             probes.append(middle + np.concatenate([np.zeros((1, n)), np.diag(extent), -np.diag(extent)]))
-        values = self.policy.batch(np.concatenate(probes).astype(np.float32)).astype(float) @ self.rows.T
+        values = (self.straight or self.policy.batch)(np.concatenate(probes).astype(np.float32)) @ self.rows.T
         values = values.reshape(len(nodes), 2 * n + 1, -1)
         bend = np.abs(values[:, 1 : n + 1] + values[:, n + 1 :] - 2 * values[:, :1]).max(axis=2)
         for node, extent, score in zip(nodes, extents, bend, strict=True):
@@ -407,20 +503,26 @@ class _Grower:
 
     def _finish(self) -> Growth:
         trie = self.splitter.trie()
-        n = self.x.shape[1]
         if self.kept:
             certificates = Certificates.join(self.kept)[: self.max_regions]
         else:
-            certificates = Certificates.none(n, len(self.rows))
+            certificates = Certificates.none(self.x.shape[1], len(self.rows))
         library = self._library(certificates, trie.counted(self.x))
-        # A region that others answer for is not worth its place; who answers is settled by routing all observations.
-        found = self._visits(library.indexed(library.trie))[1]
-        kept = np.flatnonzero(found)
-        library = replace(library, certificates=certificates[kept], visits=found[kept]).indexed(library.trie)
-        covered, visits = self._visits(library)
-        return Growth(replace(library, visits=visits), self.tried, covered)
+        library, answered_by, kept = self._pruned(library.indexed(library.trie))
+        if len(kept):
+            order = np.argsort(answered_by, kind="stable")
+            points = np.split(order, np.searchsorted(answered_by[order], np.arange(len(kept) + 1)))[1:-1]
+            tight = self._tightened(library.certificates, points)
+            library, answered_by, _ = self._pruned(replace(library, certificates=tight).indexed(library.trie))
+        return Growth(library, self.tried, float((answered_by >= 0).mean()))
 
-    def _visits(self, library: Library) -> tuple[float, NDArray[np.int64]]:
-        """The share of observations answered, and how many each region answers."""
+    def _pruned(self, library: Library) -> tuple[Library, NDArray[np.intp], NDArray[np.intp]]:
+        """Without the regions that others answer for, which is settled by routing all observations; what answers each
+        of these; and which regions were kept."""
         found = Router(library, self.tolerance).many(self.x)
-        return float((found >= 0).mean()), np.bincount(found[found >= 0], minlength=len(library)).astype(np.int64)
+        kept = np.flatnonzero(np.bincount(found[found >= 0], minlength=len(library)))
+        visits = np.zeros(len(kept), np.int64)
+        library = replace(library, certificates=library.certificates[kept], visits=visits).indexed(library.trie)
+        found = Router(library, self.tolerance).many(self.x)
+        visits = np.bincount(found[found >= 0], minlength=len(kept)).astype(np.int64)
+        return replace(library, visits=visits), np.asarray(found, np.intp), kept

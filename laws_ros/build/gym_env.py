@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from laws_ros.core.card import Channel
 from laws_ros.core.errors import WorkloadError
 
-from .workloads import Step, Workload, WorkloadSpec, vector_action
+from .workloads import Step, Workload, WorkloadSpec, index_action, vector_action
 
 SUPPORTED = "supported are Box observations (flattened, no images) and Box or Discrete actions"
 
@@ -91,10 +91,7 @@ class _GymSimulation:
         space = self._env.action_space
         if isinstance(space, spaces.Box):
             return vector_action(self._spec, action).reshape(space.shape).astype(space.dtype)
-        given = np.asarray(action).reshape(-1)
-        if given.shape != (1,) or given[0] not in range(int(space.n)):
-            raise WorkloadError(f"{self._spec.name}: action {action!r} is no index from 0 to {space.n - 1}")
-        return int(given[0]) + int(space.start)
+        return index_action(self._spec, action) + int(space.start)
 
 
 def _make(env_id: str, **options: Any) -> Any:

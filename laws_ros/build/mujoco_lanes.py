@@ -112,7 +112,7 @@ class MujocoLanes(ABC):
     def reset(self, lanes: Sequence[int], seeds: Sequence[int]) -> NDArray[np.float32]:
         """Start episodes on some lanes; their first observations [len(lanes), n]."""
         for lane, seed in zip(lanes, seeds, strict=True):
-            self.rng[lane], self._sensor_rng[lane] = np.random.default_rng(seed).spawn(2)
+            self.rng[lane], self._sensor_rng[lane] = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(2))
             self._state[lane], self._inputs[lane] = self._initial, self._neutral
             self._drawn[lane] = NOISE_BLOCK
             self.start(lane, self.rng[lane])

@@ -56,7 +56,7 @@ def certified_gap(net: nn.Sequential, centers: Tensor, generators: Tensor) -> Ga
     middle = torch.cat([generators.permute(1, 0, 2), centers.T[:, :, None]], dim=2)  # [n, B, columns]
     half = torch.zeros_like(centers.T)  # [n, B] what the affine form may be off by
     peak = middle.abs().sum(2)
-    terms = torch.full((count,), float(inputs))
+    terms = centers.new_full((count,), float(inputs))
     bends = []  # per hidden layer: chord, top of the bend and rounding, each [n, B]
     rounding = half
     for layer in linears:
@@ -81,7 +81,7 @@ def certified_gap(net: nn.Sequential, centers: Tensor, generators: Tensor) -> Ga
         terms = (high > 0.0).sum(0).to(low.dtype)
     # Back from the outputs: how much every bend and every rounding can move them.
     outputs = linears[-1].out_features
-    relaxation, executed = torch.zeros(count, outputs), rounding.T
+    relaxation, executed = centers.new_zeros(count, outputs), rounding.T
     rows = linears[-1].weight.expand(count, -1, -1)  # [B, outputs, n]
     for layer, (chord, top, error) in zip(reversed(linears[:-1]), reversed(bends), strict=True):
         relaxation = relaxation + 0.5 * torch.einsum("bon,nb->bo", rows.abs(), top)
@@ -101,7 +101,7 @@ def random_boxes(axes: Tensor, half_width: float, generator: torch.Generator) ->
         half_width: every edge's half-width is drawn uniformly from 0 to this many axis lengths.
     """
     edges = torch.rand((len(axes), axes.shape[2]), generator=generator) * half_width
-    return axes * edges[:, None, :]
+    return axes * edges[:, None, :].to(axes.device)
 
 
 class Cacheability:

@@ -1,154 +1,176 @@
 """Libraries of kind `statistical`, for policies that nothing can be proved about: any size, any operators.
 
-Training observations choose regions, experts and bounds; fresh episodes, used for nothing else, then say how often each
-bound is exceeded (core.statistical). What is tested was fixed before, so the test is exact for draws that are
-independent of each other: that they are when one observation is drawn per episode. Several per episode cost fewer
-episodes and are alike among themselves; the evidence keeps both numbers, and `laws verify --workload` measures anew.
-
-One observation is a uniformly drawn control step of an episode, dropped if the episode was over by then. So long
-episodes count for more, as they do in the traffic.
+Training episodes choose regions, experts and bounds; fresh ones, used for nothing else, then say how often each bound
+is exceeded (core.statistical). What is tested was fixed before, and a region has one draw of an episode at most, so
+the test is exact. `laws verify --workload` repeats it with other episodes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laws_ros.core.certificate import Certificates, Ragged, decision_rows, kind_code
 from laws_ros.core.region import Regions
-from laws_ros.core.statistical import Evidence, samples_needed
+from laws_ros.core.statistical import Evidence, drawn, samples_needed, visits
 from laws_ros.core.trie import Splitter
 from laws_ros.runtime.policy import Policy
 
+from .evaluate import policy_rollouts
 from .grow import Growth, answered
 from .kinds import finished
 from .verify import Executed
-from .workloads import Workload, rollouts
+from .workloads import Workload
 
 Floats = NDArray[np.float64]
+Episodes = Sequence[NDArray[np.float32]]  # observations [T, n] of each
 
-MARGIN = 1.02  # boxes over the observations that made them
-SHRINK = (0.8, 0.6, 0.45)  # of a box, where the whole of it does not fit
+MARGIN = 1.02  # regions over the observations that made them
+WHOLE = (1.0, 0.98)  # share of a node's observations in its region, tried before the node is split
+CORE = (0.9, 0.75, 0.6, 0.45)  # and where it cannot be split
 DECIDED = 0.9  # of a box's observations, for which its expert must decide
 SPARE = 0.1  # of delta: what training observations may exceed, so that fresh ones stay below delta
 ROOM = 1.25  # bound over the training error at that quantile
-SAFETY = 1.6  # fresh observations expected in a region over the fewest that could show delta
+SAFETY = 1.3  # fresh draws expected in a region over the fewest that could show delta
+TOGETHER = 64  # regions that share beta, about; more need a few draws more each
 QUANTILES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of a sensor, where it may be split
 PROBES = 1000  # observations on either side that a split is judged by
+REFITS = 3  # of an affine map to what lies between the limits
+BLOCK = 256  # episodes run and tested together
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Observations drawn from episodes of the policy.
+class Trial:
+    """How regions are tested.
 
     Attributes:
-        x [N, n]: float32. episode [N]: where each comes from.
+        delta: fraction of a region's traffic that may exceed its bound.
+        beta: probability that any of the kept regions' statements is false; M tested regions get beta / M each.
+        episodes: how many fresh ones there will be.
+        blocks: gives them, some at a time, each time anew.
         source: sha256 of the workload, policy and numbers that they follow from.
     """
 
-    x: NDArray[np.float32]
-    episode: NDArray[np.int64]
+    delta: float
+    beta: float
+    episodes: int
+    blocks: Callable[[], Iterable[Episodes]]
     source: bytes
 
+    @property
+    def needed(self) -> float:
+        """Draws that a region should have."""
+        return SAFETY * samples_needed(self.delta, self.beta / TOGETHER)
 
-def draw(
+
+def trial(
     policy: Policy,
     workload: Workload,
-    episodes: int,
-    per_episode: int,
+    delta: float,
+    beta: float,
     seed: int,
+    episodes: int | None = None,
+    parts: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
-) -> Draws:
-    """Draw `per_episode` control steps of every one of a number of episodes."""
-    name, steps, block = workload.spec.name, workload.spec.episode_steps, 256
-    parts, owners = [], []
-    for first in range(0, episodes, block):
-        count = min(block, episodes - first)
-        found = rollouts(workload, lambda x: policy.decide(policy.batch(x)), count, seed, first=first)
-        for k, x in enumerate(found.observations, start=first):
-            chosen = np.random.default_rng([seed, k]).choice(steps, min(per_episode, steps), replace=False)
-            parts.append(x[np.sort(chosen[chosen < len(x)])])
-            owners.append(np.full(len(parts[-1]), k))
-        progress(f"{first + count} of {episodes} fresh episodes")
-    source = hashlib.sha256(f"{name} {policy.sha256} {seed} {episodes} {per_episode}".encode()).digest()
-    return Draws(np.concatenate(parts), np.concatenate(owners), source)
+) -> Trial:
+    """A trial on fresh episodes of a workload driven by the policy; by default as many as delta and beta need for
+    regions that two episodes of three spend their time in. With a folder for `parts` it can be interrupted."""
+    count = episodes or math.ceil(1.5 * SAFETY * samples_needed(delta, beta / TOGETHER))
+
+    def blocks() -> Iterator[Episodes]:
+        for block, first in enumerate(range(0, count, BLOCK)):
+            size = min(BLOCK, count - first)
+            yield policy_rollouts(policy, workload, size, seed + block, parts=parts).observations
+            progress(f"{first + size} of {count} fresh episodes")
+
+    source = hashlib.sha256(f"{workload.spec.name} {policy.sha256} {seed} {count}".encode()).digest()
+    return Trial(delta, beta, count, blocks, source)
 
 
 def grow_statistical(
     policy: Policy,
-    observations: NDArray[np.float32],
-    fresh: Draws,
+    episodes: Episodes,
+    trial: Trial,
     tolerance: Floats,
-    delta: float,
-    beta: float,
     max_regions: int = 1000,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Growth:
-    """Choose regions, experts and bounds by training observations [N, n]; keep those that fresh draws confirm.
+    """Choose regions, experts and bounds by training episodes; keep those that the trial's fresh ones confirm.
 
     Args:
         tolerance: [m] largest bound, action units; ignored for decisions.
-        delta: fraction of a region's traffic that may exceed its bound.
-        beta: probability that any of the kept regions' statements is false; M tested regions get beta / M each.
-        max_regions: at most so many are tested; the number of fresh draws limits them too.
+        max_regions: at most so many are tested; the number of fresh episodes limits them too.
     """
-    chooser = _Chooser(policy, observations, tolerance, delta, beta, len(fresh.x), max_regions)
+    chooser = _Chooser(policy, episodes, tolerance, trial, max_regions)
     certificates = chooser.run(progress)
     tested = len(certificates)
     if tested:
-        evidence = examine(policy, certificates, fresh, delta, beta / tested)
-        kept = np.array([e is not None and e.holds for e in evidence])
-        records = Ragged.of([e.record() for e in evidence if e is not None and e.holds], np.uint8)
+        stays = [chooser.stay(visits(certificates.regions[[k]], chooser.x)) for k in range(tested)]
+        evidence = examine(policy, certificates, stays, trial)
+        kept = np.array([e.holds for e in evidence])
+        records = Ragged.of([e.record() for e in evidence if e.holds], np.uint8)
         certificates = replace(certificates[kept], octets=records)
-    return finished(policy, certificates, chooser.splitter.trie(), observations, tolerance, tested)
+    return finished(policy, certificates, chooser.splitter.trie(), np.concatenate(episodes), tolerance, tested)
 
 
-def examine(
-    policy: Policy, certificates: Certificates, fresh: Draws, delta: float, beta: float
-) -> list[Evidence | None]:
-    """What fresh draws say about each certificate; None where no draw fell into its region."""
-    executed, result = Executed(policy, certificates), []
-    for k in range(len(certificates)):
-        inside, error, bound = executed.compare(np.full(len(fresh.x), k), fresh.x, delivered=True)
-        exceeded = ~(error <= bound).all(axis=1)
-        episodes = len(np.unique(fresh.episode[inside]))
-        seen = int(inside.sum()), int((inside & exceeded).sum())
-        result.append(Evidence(delta, beta, *seen, episodes, fresh.source) if episodes else None)
-    return result
+def examine(policy: Policy, certificates: Certificates, stays: Sequence[int], trial: Trial) -> list[Evidence]:
+    """What fresh episodes say about certificates that were chosen without them, all of which share the trial's beta."""
+    executed, count = Executed(policy, certificates), len(certificates)
+    generators = [np.random.default_rng([*trial.source, k]) for k in range(count)]
+    seen = np.zeros((count, 2), int)  # draws; how many of them exceeded their bound
+    for block in trial.blocks():
+        for k in range(count):
+            x = drawn(certificates.regions[[k]], block, stays[k], generators[k])
+            inside, error, bound = executed.compare(np.full(len(x), k), x, delivered=True)
+            seen[k] += inside.sum(), (inside & ~(error <= bound).all(axis=1)).sum()
+    return [
+        Evidence(trial.delta, trial.beta / count, n, exceeded, n, trial.source, stay)
+        for (n, exceeded), stay in zip(seen.tolist(), stays, strict=True)
+    ]
 
 
 class _Chooser:
     """Splits the training observations until an affine map answers for a box of them well enough."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        x: NDArray[np.float32],
-        tolerance: Floats,
-        delta: float,
-        beta: float,
-        fresh: int,
-        max_regions: int,
-    ) -> None:
-        self.policy, self.tolerance, self.delta = policy, tolerance, delta
+    def __init__(self, policy: Policy, episodes: Episodes, tolerance: Floats, trial: Trial, max_regions: int) -> None:
+        self.policy, self.tolerance, self.trial = policy, tolerance, trial
         self.decision = policy.card.decision
         self.rows = decision_rows(policy.actions, self.decision)
-        self.x = x.astype(float)
+        x = np.concatenate(episodes)
+        self.x, self.episodes = x.astype(float), len(episodes)
+        self.owner = np.repeat(np.arange(len(episodes)), [len(e) for e in episodes])
         outputs = policy.batch(x)
         self.y = (policy.decide(outputs) if self.decision == "none" else outputs).astype(float) @ self.rows.T
+        self.low, self.high = np.full(1, -np.inf), np.full(1, np.inf)
+        if self.decision == "none":  # a black box that saturates ends near a limit, seldom at it
+            low, high = (np.array([getattr(c, end) for c in policy.card.actions]) for end in ("low", "high"))
+            self.low, self.high = low + tolerance, high - tolerance
         spread = self.x.std(axis=0)
         self.scale = np.where(spread > 1e-9, spread, 1.0)
+        self.free = np.setdiff1d(np.arange(x.shape[1]), policy.card.context_indices)
         self.splitter = Splitter()
         self.open = np.ones(len(x), bool)  # not yet in a kept region
-        # the fewest training observations of a region whose share of the fresh ones is enough to test it
-        regions = max(1, min(max_regions, fresh // samples_needed(delta, beta)))
-        self.fewest = max(4 * (x.shape[1] + 1), SAFETY * samples_needed(delta, beta / regions) * len(x) / fresh)
         self.max_regions = max_regions
+
+    def stay(self, points: NDArray[np.intp]) -> int:
+        """The typical number of observations of an episode among these, of those that have any."""
+        count = np.bincount(self.owner[points])
+        return max(1, math.ceil(np.median(count[count > 0]))) if len(points) else 1
+
+    def enough(self, points: NDArray[np.intp]) -> bool:
+        """Can a region with these training observations be fitted, and are enough fresh draws to be expected in it?"""
+        if len(points) < 4 * (self.x.shape[1] + 1):
+            return False
+        stay = self.stay(points)
+        share = np.minimum(np.bincount(self.owner[points]), stay).sum() / stay / self.episodes
+        return bool(share * self.trial.episodes >= self.trial.needed)
 
     def run(self, progress: Callable[[str], None]) -> Certificates:
         kept: list[Certificates] = []
@@ -157,17 +179,19 @@ class _Chooser:
         while waiting and len(kept) < self.max_regions:
             _, node, points = heapq.heappop(waiting)
             points = points[self.open[points]]
-            if len(points) < self.fewest:
+            if not self.enough(points):
                 continue
-            found = self._fit(points, 1.0)
+            found = self._first(points, WHOLE)
             if found is None and (parts := self._parts(node, points)):
                 for child, part in parts:
                     heapq.heappush(waiting, (-len(part), child, part))
                 continue
-            found = found or next((f for shrink in SHRINK if (f := self._fit(points, shrink))), None)
+            found = found or self._first(points, CORE)
             if found is not None:
                 kept.append(found)
-                self.open &= ~found.regions.contains(self.x)[:, 0]
+                self.open[visits(found.regions, self.x)] = False
+                rest = points[self.open[points]]
+                heapq.heappush(waiting, (-len(rest), node, rest))
                 progress(f"{len(kept)} regions, {100 * (1 - self.open.mean()):.1f}% of the observations in them")
         return Certificates.join(kept) if kept else Certificates.none(self.x.shape[1], len(self.rows))
 
@@ -193,41 +217,68 @@ class _Chooser:
         below = self.x[points, axis] < threshold
         return [(low, points[below]), (high, points[~below])]
 
-    def _fit(self, points: NDArray[np.intp], shrink: float) -> Certificates | None:
-        """The expert of a box around observations, by least squares over all that lie in it; None if it is poor."""
-        n, rows = self.x.shape[1], len(self.rows)
-        scaled = self.x[points] / self.scale
+    def _first(self, points: NDArray[np.intp], shares: Sequence[float]) -> Certificates | None:
+        return next((found for share in shares if (found := self._fit(self._region(points, share)))), None)
+
+    def _region(self, points: NDArray[np.intp], share: float) -> Regions:
+        """A ball in whitened principal axes that holds a share of observations; without extent in what is discrete."""
+        n, free, discrete = self.x.shape[1], self.free, list(self.policy.card.context_indices)
+        scaled = self.x[points][:, free] / self.scale[free]
         mean = scaled.mean(axis=0)
-        vectors = np.linalg.eigh((scaled - mean).T @ (scaled - mean) / len(points) + 1e-9 * np.eye(n))[1]
-        along = (scaled - mean) @ vectors
-        low, high = along.min(axis=0), along.max(axis=0)
-        center = (mean + vectors @ (0.5 * (low + high))) * self.scale
-        widths = shrink * MARGIN * 0.5 * (high - low)
-        regions = Regions.from_axes(center[None], (self.scale[:, None] * vectors)[None], widths[None])
-        here = np.flatnonzero(regions.contains(self.x)[:, 0])
-        if len(here) < self.fewest:
+        covariance = (scaled - mean).T @ (scaled - mean) / len(points)
+        values, vectors = np.linalg.eigh(covariance + 1e-9 * np.eye(len(free)))
+        far = np.linalg.norm((scaled - mean) @ vectors / np.sqrt(values), axis=1)
+        center, axes, widths = self.x[points[0]].copy(), np.zeros((n, n)), np.zeros(n)
+        center[free] = mean * self.scale[free]
+        axes[discrete, np.arange(len(discrete))] = 1.0
+        axes[np.ix_(free, np.arange(len(discrete), n))] = self.scale[free, None] * vectors
+        widths[len(discrete) :] = MARGIN * np.quantile(far, share) * np.sqrt(values)
+        return Regions.from_axes(center[None], axes[None], widths[None], len(free)).brief()
+
+    def _fit(self, regions: Regions) -> Certificates | None:
+        """The expert of a region, by least squares over all observations that lie in it; None if it is poor."""
+        n, rows = self.x.shape[1], len(self.rows)
+        here = visits(regions, self.x)
+        if not self.enough(here):
             return None
         weight, bias, error = self._line(here)
-        quantile = np.quantile(error, 1.0 - SPARE * self.delta / rows, axis=0, method="higher")
+        quantile = np.quantile(error, 1.0 - SPARE * self.trial.delta / rows, axis=0, method="higher")
         bound = ROOM * quantile + 1e-6 * (1.0 + np.abs(self.y[here]).max(axis=0))  # exact fits round, too
         if self.decision == "none":
             bound = np.minimum(bound, self.tolerance)
         kind = np.array([kind_code("statistical")], np.uint8)
         blank = np.zeros((1, rows, n))
-        found = Certificates(regions.center, regions.transform, weight[None], bias[None], blank, bound[None], kind)
+        found = Certificates(
+            regions.center, regions.transform, weight[None], bias[None], blank, bound[None], kind, round=regions.round
+        )
         if self.decision == "none":
             return found if (quantile <= self.tolerance).all() else None
         hit = answered(found, np.zeros(len(here), np.intp), self.x[here], self.tolerance, self.decision)
         return found if hit.mean() >= DECIDED else None
 
     def _line(self, points: NDArray[np.intp]) -> tuple[NDArray[np.float32], NDArray[np.float32], Floats]:
-        """Affine least squares: weight [r, n], bias [r], and the errors at the points [N, r]."""
+        """Affine least squares: weight [r, n], bias [r], and the errors at the points [N, r].
+
+        Actions are cut to their limits, the expert's as the policy's. So where the policy is at a limit, only what
+        falls short of it is an error: such observations are left out unless the map as it stands falls short there.
+        """
         x, y = self.x[points], self.y[points]
         mean = x.mean(axis=0)
-        slope = np.linalg.lstsq((x - mean) / self.scale, y - y.mean(axis=0), rcond=1e-9)[0].T / self.scale
-        weight = slope.astype(np.float32)
-        bias = (y.mean(axis=0) - weight.astype(float) @ mean).astype(np.float32)
-        value = x @ weight.astype(float).T + bias
+        inputs = np.column_stack([(x - mean) / self.scale, np.ones(len(x))])
+        between = (y > self.low) & (y < self.high)
+        used = between
+        value = np.zeros_like(y)
+        weight, bias = np.zeros((y.shape[1], x.shape[1]), np.float32), np.zeros(y.shape[1], np.float32)
+        for _ in range(1 if between.all() else REFITS):
+            for row in range(y.shape[1]):
+                some = used[:, row]
+                if some.sum() < 2 * inputs.shape[1]:
+                    some = np.ones(len(x), bool)
+                slope = np.linalg.lstsq(inputs[some], y[some, row], rcond=1e-9)[0]
+                weight[row] = slope[:-1] / self.scale
+                bias[row] = slope[-1] - weight[row].astype(float) @ mean
+            value = x @ weight.astype(float).T + bias
+            used = between | ((value > self.low) & (value < self.high))
         if self.decision == "none":
             value = self.policy.decide(value.astype(np.float32)).astype(float)
         return weight, bias, np.abs(y - value)
@@ -239,7 +290,7 @@ class _Chooser:
             for threshold in np.unique(np.quantile(self.x[points, axis], QUANTILES)).tolist():
                 below = self.x[points, axis] < threshold
                 sides = points[below], points[~below]
-                if min(map(len, sides)) >= self.fewest:
+                if all(map(self.enough, sides)):
                     few = (side[:: -(-len(side) // PROBES)] for side in sides)
                     left = sum(
                         float((self._line(k)[2] ** 2).mean()) * len(side) for k, side in zip(few, sides, strict=True)

@@ -1,8 +1,7 @@
 """Where training for cacheability starts: a network that is the best affine policy of every context, without a bend.
 
 From PyTorch's own start a ReLU network bends everywhere, and the penalty on the certified gap spends its steps on
-taking the bends out. From this one it bends only where the imitation pays for it. On the quadruped (docs/adr/0008) the
-gap on boxes of one standard deviation is 25 times smaller after as many steps, at a better fit.
+taking the bends out. From this one it bends only where the imitation pays for it (docs/adr/0008-quadruped.md).
 """
 
 from __future__ import annotations

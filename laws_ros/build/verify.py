@@ -7,17 +7,18 @@ ones say nothing about single observations: their arithmetic is done again, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from laws_ros.core.certificate import COLLAPSED, FORMAL, KINDS, Certificates, decision_rows
+from laws_ros.core.certificate import COLLAPSED, FORMAL, KINDS, Certificates, decision_rows, limited
 from laws_ros.core.checker import Checker
 from laws_ros.core.library import Library
 from laws_ros.core.network import Network
-from laws_ros.core.statistical import Evidence, refuted
+from laws_ros.core.region import clamped, scattered
+from laws_ros.core.statistical import Evidence, drawn, refuted
 from laws_ros.runtime.experts import Experts
 from laws_ros.runtime.policy import Policy
 
@@ -37,7 +38,8 @@ class Findings:
         samples, attacks: observations tried in regions of formal kinds; violations: how many of them broke a bound.
         first: a description of the first violation.
         ratio: [E] certified bound at its largest over the worst error seen, per certificate; NaN where none was seen.
-        fresh, exceedances: fresh observations in statistical regions, and how many of them exceeded their bound.
+        fresh, exceedances: observations drawn from fresh episodes in statistical regions, at most one of each episode
+            and region, and how many of them exceeded their bound.
     """
 
     verdicts: list[str]
@@ -81,6 +83,7 @@ class Executed:
         self.policy, self.certificates = policy, certificates
         self.rows = decision_rows(policy.actions, policy.card.decision)
         self._experts = Experts(certificates, policy)
+        self._limited = limited(certificates)
 
     def compare(
         self, index: NDArray[np.intp], x: NDArray[np.float32], delivered: bool = False
@@ -88,7 +91,8 @@ class Executed:
         """Query k against certificate index[k].
 
         Args:
-            delivered: cut continuous actions to the card's limits first, as they reach the robot.
+            delivered: cut continuous actions to the card's limits first, as they reach the robot; where certificates
+                are about delivered actions, that is done in any case.
 
         Returns:
             inside [N]; |policy - expert| [N, r] as executed, zero outside; the certified bound [N, r] as the router
@@ -96,8 +100,9 @@ class Executed:
         """
         inside, _, bound = self.certificates.at(index, x)
         value, policy = self._experts.many(index[inside], x[inside]), self.policy.batch(x[inside])
-        if delivered and self.policy.card.decision == "none":
-            value, policy = self.policy.decide(value), self.policy.decide(policy)
+        if self.policy.card.decision == "none":
+            cut = delivered | self._limited[index[inside], None]
+            value, policy = (np.where(cut, self.policy.decide(k), k) for k in (value, policy))
         error = np.zeros(bound.shape)
         error[inside] = np.abs(policy.astype(float) @ self.rows.T - value.astype(float))
         return inside, error, bound
@@ -111,7 +116,7 @@ def verify(
     attack: bool,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
-    fresh: NDArray[np.float32] | None = None,
+    fresh: Sequence[NDArray[np.float32]] = (),
     recheck: bool = True,
 ) -> Findings:
     """Re-check every certificate of a library; sample and (if asked) attack those of formal kinds.
@@ -120,7 +125,7 @@ def verify(
         network: the policy's; needed for formal kinds only.
         samples: observations, spread over all regions: half of them uniform, half near corners.
         attack: also climb the error by projected gradient, from several starts in every region.
-        fresh: observations [N, n] of episodes that the library has not seen, for statistical kinds.
+        fresh: observations [T, n] of each of some episodes that the library has not seen, for statistical kinds.
         recheck: False leaves the checker out; what is not violated is then unknown.
     """
     certificates = library.certificates
@@ -141,16 +146,17 @@ def verify(
     for k in np.flatnonzero(certificates.among(["statistical"])).tolist():
         evidence = Evidence.read(certificates.octets.row(k))
         findings.verdicts[k] = "holds" if evidence.holds else "unknown"
-        if fresh is not None and len(fresh):
-            inside, error, bound = executed.compare(np.full(len(fresh), k), fresh, delivered=True)
+        if len(fresh):
+            x = drawn(certificates.regions[[k]], fresh, evidence.stay, np.random.default_rng([seed, k]))
+            inside, error, bound = executed.compare(np.full(len(x), k), x, delivered=True)
             count, exceeded = int(inside.sum()), int((inside & ~(error <= bound).all(axis=1)).sum())
             findings.fresh += count
             findings.exceedances += exceeded
             if refuted(exceeded, count, evidence.delta, evidence.beta):
                 findings.verdicts[k] = "violated"
                 findings.first = findings.first or (
-                    f"region {library.ids[k]}: {exceeded} of {count} fresh observations exceed its bound, "
-                    f"at most {100 * evidence.delta:g}% was claimed"
+                    f"region {library.ids[k]}: {exceeded} of {count} observations, one per fresh episode, "
+                    f"exceed its bound, at most {100 * evidence.delta:g}% was claimed"
                 )
     return findings
 
@@ -187,10 +193,20 @@ class _Hunt:
     rng: np.random.Generator
     progress: Callable[[str], None]
     inverse: Floats = field(init=False)
+    ball: NDArray[np.bool_] = field(init=False)
+    most: Floats = field(init=False)
     worst: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         self.inverse = np.asarray(np.linalg.inv(self.library.certificates.transform), float)
+        regions = self.library.certificates.regions
+        self.ball = regions.ball
+        # rounding an observation to float32 moves it by so much in its region's coordinates
+        reach = np.abs(regions.center) + np.abs(self.inverse).sum(axis=2)
+        margin = 1e-6 + 1.01 * 2.0**-24 * (np.abs(regions.transform) @ reach[:, :, None])[..., 0]
+        within = np.where(self.ball, margin, 0.0)
+        margin = np.where(self.ball, np.sqrt((within**2).sum(axis=1, keepdims=True)), margin)
+        self.most = np.maximum(1.0 - margin, 0.0)
         self.worst = np.zeros(self.library.certificates.bound_offset.shape)
 
     def _place(self, index: NDArray[np.intp], xi: Floats) -> NDArray[np.float32]:
@@ -219,9 +235,7 @@ class _Hunt:
             count = min(CHUNK, samples - findings.samples)
             index = self.formal[np.arange(tries, tries + count) % len(self.formal)]
             tries += count
-            xi = self.rng.uniform(-1.0, 1.0, (count, self.network.inputs))
-            corner = self.rng.random(count) < 0.5
-            xi[corner] = np.sign(xi[corner]) * (1.0 - 1e-6)
+            xi = self.most[index] * scattered(self.rng, self.ball[index], 0.5)
             findings.samples += self._judge(index, self._place(index, xi))[0]
             self.progress(f"sampled {findings.samples} observations, {findings.violations} violations")
 
@@ -235,7 +249,7 @@ class _Hunt:
                     (self._random, index[collapsed[index]]),
                 ):
                     for sign in (1.0, -1.0) if len(here) else ():
-                        xi = self.rng.uniform(-1.0, 1.0, (len(here), self.network.inputs))
+                        xi = self.most[here] * scattered(self.rng, self.ball[here])
                         self.findings.attacks += self._judge(here, self._place(here, climb(here, xi, sign)))[0]
                 self.progress(f"attacked {self.findings.attacks} times, {self.findings.violations} violations")
 
@@ -247,15 +261,25 @@ class _Hunt:
             x = self._place(index, xi)
             grad_x = self.network.gradient(x.astype(float), rows[row]) - c.expert_weight[index, row]
             slope = sign * np.einsum("nij,ni->nj", self.inverse[index], grad_x) - c.bound_weight[index, row]
-            xi = np.clip(xi + np.sign(slope) * 2.0 / (step + 2), -1.0 + 1e-6, 1.0 - 1e-6)
+            xi = self._clamped(xi + self._along(index, slope) * 2.0 / (step + 2), index)
         return xi
+
+    def _clamped(self, xi: Floats, index: NDArray[np.intp]) -> Floats:
+        """Moved so far inside that rounding to float32 does not throw them out."""
+        most = np.maximum(self.most[index], 1e-300)
+        return most * clamped(xi / most, self.ball[index])
+
+    def _along(self, index: NDArray[np.intp], slope: Floats) -> Floats:
+        """The point of a box or ball of size 1 that is farthest along a slope."""
+        size = np.sqrt(np.where(self.ball[index], slope * slope, 0.0).sum(axis=1, keepdims=True))
+        return np.where(self.ball[index], slope / np.maximum(size, 1e-300), np.sign(slope))
 
     def _random(self, index: NDArray[np.intp], xi: Floats, sign: float) -> Floats:
         """Random steps, kept where the error of the worst row grows: for experts whose gradient is not at hand."""
         best = self._judge(index, self._place(index, xi))[1].max(axis=1)
         for step in range(STEPS):
             move = self.rng.choice([-1.0, 0.0, 1.0], xi.shape) * 2.0 / (step + 2)
-            tried = np.clip(xi + move, -1.0 + 1e-6, 1.0 - 1e-6)
+            tried = self._clamped(xi + move, index)
             height = self._judge(index, self._place(index, tried))[1].max(axis=1)
             xi = np.where((height > best)[:, None], tried, xi)
             best = np.maximum(best, height)

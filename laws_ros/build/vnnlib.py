@@ -9,6 +9,9 @@ into the region, abs(policy - expert) is below the certificate's bound, everythi
 than what the certificate promises of float32 execution, whose rounding errors are inside the same bound. And it is as
 good as the verifier's own arithmetic: Marabou, for one, does not see violations of about 1e-8.
 
+Where certificates are about delivered actions (core.certify), policy and expert are cut to the card's limits first,
+written with ReLUs: low + relu(x - low) - relu(x - high). Round regions have no VNN-LIB, which knows boxes.
+
 A verifier reads float32 constants; the certificate's are float64. So that rounding proves nothing false:
   - Where float32 is too short an affine map is split into two, `high + low`, good to 2^-48.
   - `drift` bounds what is left, in coordinates. With M, eps of `Regions.generators` an accepted observation is exactly
@@ -31,7 +34,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.compose import add_prefix
 
-from laws_ros.core.certificate import decision_rows
+from laws_ros.core.certificate import COLLAPSED, KINDS, decision_rows
 from laws_ros.core.errors import LibraryError
 from laws_ros.core.library import Library
 from laws_ros.runtime.files import sha256_file
@@ -54,13 +57,24 @@ def export(library: Library, policy_path: str | Path, region_index: int, out_dir
         The two paths, network first.
 
     Raises:
-        LawsError: no such region, another policy, a certificate that says nothing, or a folder that cannot be written.
+        LawsError: no such region, another policy, a region that is round, an expert that is not affine, a certificate
+            that says nothing, or a folder that cannot be written.
     """
     policy_path, out_dir = Path(policy_path), Path(out_dir)
     model = load_model(policy_path)
     library.check_policy(sha256_file(policy_path), library.card, "library", str(policy_path))
     if not 0 <= region_index < len(library):
         raise LibraryError(f"region {region_index}: the library has {len(library)}, numbered from 0")
+    kind, region = KINDS[library.certificates.kind[region_index]], library.ids[region_index]
+    if kind in (*COLLAPSED, "statistical"):
+        raise LibraryError(
+            f"region {region}: only affine experts with a proof can be exported, and it is of kind {kind}"
+        )
+    if library.certificates.round[region_index]:
+        raise LibraryError(
+            f"region {region}: it is round, and VNN-LIB has boxes only; `laws verify` checks it, and boxes are what "
+            "`laws build --kind lipschitz` and `--kind point` make"
+        )
     name = f"{policy_path.stem}-{library.ids[region_index]}"
     network, text = _difference(model, library, region_index), _property(library, region_index, name)
     paths = [out_dir / f"{name}.onnx", out_dir / f"{name}.vnnlib"]
@@ -130,10 +144,21 @@ def _difference(model: onnx.ModelProto, library: Library, index: int) -> onnx.Mo
     def both(value: Array) -> Array:
         return np.concatenate([value, -value])
 
+    def cut(value: str, ends: Array) -> str:
+        above = [node("Relu", [affine(value, np.eye(actions), -end)]) for end in ends]
+        return total(
+            [affine(above[0], np.eye(actions), ends[0]), affine(above[1], -np.eye(actions), np.zeros(actions))]
+        )
+
+    limits = certificate.floats.row(0).astype(float).reshape(-1, actions)
+    expert = [affine(observation, -both(expert_weight), -both(expert_bias))]
+    if len(limits):
+        action, value = (cut(x, limits) for x in (action, affine(observation, expert_weight, expert_bias)))
+        expert = [affine(value, -both(np.eye(actions)), np.zeros(2 * actions))]
     total(
         [
             affine(action, both(rows), np.zeros(2 * len(rows))),
-            affine(observation, -both(expert_weight), -both(expert_bias)),
+            *expert,
             affine(xi, -np.tile(weight, (2, 1)), -np.tile(offset, 2)),
         ],
         "margin",

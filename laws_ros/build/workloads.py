@@ -42,6 +42,11 @@ _OWN = {
         "mujoco",
         "MuJoCo quadruped of 12 kg: trots as commanded over flat and rough ground, pushed now and then, 50 Hz",
     ),
+    "encounter": (
+        "laws_ros.build.encounter",
+        "numpy",
+        "two aircraft meet, as the ACAS Xu networks of VNN-COMP see it: five advisories, 1 Hz, argmin",
+    ),
 }
 _GYM = "gym:"
 _BAG_SUFFIXES = (".mcap", ".db3")
@@ -224,7 +229,7 @@ def parametrised(name: str, known: dict[str, Parameter], values: dict[str, Any])
 
 def module(name: str) -> Any:
     """The module of one of our own workloads: PARAMETERS, workload(**parameters), and where it can be trained also
-    teacher() and RECIPE (build.train). None for every other name."""
+    teacher() and RECIPE (build.cacheable). None for every other name."""
     base = name.partition("?")[0]
     return _module(base) if base in _OWN else None
 
@@ -282,6 +287,18 @@ def vector_actions(spec: WorkloadSpec, actions: Any) -> NDArray[np.float64]:
             "values are needed"
         )
     return np.clip(vectors, [c.low for c in spec.actions], [c.high for c in spec.actions])
+
+
+def index_action(spec: WorkloadSpec, action: Any) -> int:
+    """The alternative that an action chooses, for `Simulation.step` of a discrete workload.
+
+    Raises:
+        WorkloadError: not one whole number, or no alternative.
+    """
+    given = np.asarray(action).reshape(-1)
+    if given.shape != (1,) or given[0] not in range(len(spec.actions)):
+        raise WorkloadError(f"{spec.name}: action {action!r} is no index from 0 to {len(spec.actions) - 1}")
+    return int(given[0])
 
 
 class Rollouts(NamedTuple):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .errors import ConfigError
 from .network import Network
 from .propagate import HUGE32, NUMPY, TINY32, UNIT32, Backend, Relaxed, gamma
-from .region import UNIT, Regions
+from .region import UNIT, Regions, swing
 from .relax import INFLATE
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Backend",
     "affine_bounds",
     "gamma",
+    "parts_of",
     "ranges",
 ]
 
@@ -72,7 +73,7 @@ def affine_bounds(
             "backward": also back from the output, and from every small layer behind more than one layer of bends.
             "optimised": and the lines' free slopes chosen per region and row by descent (alpha-CROWN: Xu et al. 2021,
             arXiv:2011.13824, in closed form, with the ranges of all layers as they are).
-            "split:N": "backward" on up to N parts of each region, halved where it is worst. `half` is then constant.
+            "split:N": "backward" on up to N parts of each region, halved where it is worst.
 
     Returns:
         AffineBounds; NaN or infinite where nothing could be shown (which callers must treat as unknown).
@@ -87,11 +88,11 @@ def affine_bounds(
         )
     rows = np.eye(network.outputs) if rows is None else rows
     generators, _ = regions.generators()
-    parts = _parts(effort)
+    parts = parts_of(effort)
     with np.errstate(all="ignore"):
         if parts > 1:
             return _split(network, regions, rows, parts, backend)
-        relaxed = Relaxed(network, regions.center, generators, effort, backend)
+        relaxed = Relaxed(network, regions.center, generators, effort, backend, regions.ball)
         if effort in ("interval", "forward"):
             found = relaxed.forward(rows, regions.transform)
         elif effort == "optimised":
@@ -104,8 +105,12 @@ def affine_bounds(
     )
 
 
-def _parts(effort: str) -> int:
-    """How many parts an effort may split a region into."""
+def parts_of(effort: str) -> int:
+    """How many parts an effort may split a region into.
+
+    Raises:
+        ConfigError: an unknown effort.
+    """
     if effort in ("interval", "forward", "backward", "optimised"):
         return 1
     name, _, number = effort.partition(":")
@@ -119,65 +124,63 @@ def ranges(network: Network, regions: Regions) -> list[tuple[Array, Array]]:
     `network.nodes[i]`. Infinite where it was not needed (the output's, say) or NaN where nothing could be shown."""
     generators, _ = regions.generators()
     with np.errstate(all="ignore"):
-        known = Relaxed(network, regions.center, generators).known
+        known = Relaxed(network, regions.center, generators, ball=regions.ball).known
     return [(np.ascontiguousarray(k.low.T), np.ascontiguousarray(k.high.T)) for k in known]
 
 
 def _split(network: Network, regions: Regions, rows: Array, parts: int, backend: Backend) -> AffineBounds:
     """Bounds of the whole from bounds of parts.
 
-    Parts are boxes in zeta, halved again and again where the bound is worst, along the axis that bends most. The slope
-    of the whole is that of the undivided region or the mean of the parts' slopes, whichever needs less; the offsets are
-    what the worst part needs.
+    Parts are boxes in zeta, halved again and again where the bound is worst, along the axis that bends most. What was
+    halved of a ball is a box from then on, and the rest of it a ball as large as it can be beside that. The lines
+    of the whole have the slopes of the undivided region's or the mean of the parts', apart as those are or parallel:
+    whichever leaves less. Their offsets are what the worst part needs.
     """
     generators, _ = regions.generators()
     count, n = regions.center.shape
     reach = np.abs(regions.center) + np.abs(generators) @ np.ones(n)
     # a part's center is rounded: in zeta by less than this, since |M^-1 e| <= 1.01 max |T| |e|
     blur = 8 * (n + 4) * UNIT * (np.abs(regions.transform) @ reach[:, :, None])[..., 0].max(axis=1)
+    blur = blur * np.sqrt(np.maximum(regions.round, 1))  # as a 2-norm
     region, middle, width = np.arange(count), np.zeros((count, n)), np.ones((count, n))
     found: list[Array] = []
-    root = np.zeros((count, len(rows), n))
-    best: tuple[Array, ...] | None = None
+    root: tuple[Array, Array] | None = None
+    best: list[Array] = []  # slopes of the middle and of half the gap, offsets below and above, largest gap
     new = region
     while True:
         center = regions.center[region[new]] + (generators[region[new]] @ middle[new][:, :, None])[..., 0]
-        box = generators[region[new]] * (width[new] + blur[region[new], None])[:, None, :]
-        relaxed = Relaxed(network, center, box, "backward", backend)
+        # the squares of a ball's coordinates sum to at most 1: what a part's halved axes leave of that
+        ball = regions.ball[region[new]]
+        whole = ball & (width[new] == 1.0)
+        taken = np.where(ball, np.maximum(np.abs(middle[new]) - width[new], 0.0), 0.0)
+        rest = np.sqrt(np.maximum(1.0 - (1.0 - 1e-12) * (taken * taken).sum(axis=1, keepdims=True), 0.0))
+        box = generators[region[new]] * (np.where(whole, rest, width[new]) + blur[region[new], None])[:, None, :]
+        relaxed = Relaxed(network, center, box, "backward", backend, whole)
         bent = np.zeros((len(new), n))
-        slope, *rest = (
-            backend.host(k) for k in relaxed.backward(len(relaxed.known) - 1, relaxed.array(rows[None]), bent)
-        )
-        latest = [center, box, slope, *rest, bent]
-        root = root if found else slope
+        lines = relaxed.backward(len(relaxed.known) - 1, relaxed.array(rows[None]), bent)
+        latest = [center, box, *(backend.host(k) for k in lines), whole.astype(float), bent]
         grown = len(region) - len(found[0]) if found else 0
         found = [np.concatenate([k, np.zeros((grown, *k.shape[1:]))]) for k in found] or latest
         for old, value in zip(found, latest, strict=True):
             old[new] = value
-        mean = np.zeros_like(root)
-        np.add.at(mean, region, np.prod(width, axis=1)[:, None, None] * found[2])
-        (low, high, ends), other = (_offsets(slopes, region, found) for slopes in (root, mean))
-        better = other[1] - other[0] < high - low
-        if better.any():
-            low, high = np.where(better, other[0], low), np.where(better, other[1], high)
-            root = np.where(better[..., None], mean, root)
-            ends = [np.where(better[region], b, a) for a, b in zip(ends, other[2], strict=True)]
-        if best is None:
-            best = low, high, root
-        else:  # lines of parts need not be below those of the whole
-            narrower = ~(high - low >= best[1] - best[0])  # also where nothing was known
-            pairs = zip((low, high, root), best, (narrower, narrower, narrower[..., None]), strict=True)
-            best = tuple(np.where(which, now, before) for now, before, which in pairs)
+        root = root or (found[2].copy(), found[3].copy())
+        share = np.prod(width, axis=1)[:, None, None]
+        mean = np.zeros_like(root[0]), np.zeros_like(root[0])
+        for total, part in zip(mean, found[2:4], strict=True):
+            np.add.at(total, region, share * part)
+        now, ends = _lines(regions, generators, region, found, root if len(region) == count else (*root, *mean))
+        best = best or now
+        best = _narrower(now, best)[0]  # lines of parts need not be below those of the whole
         size = np.bincount(region, minlength=count)
         if size.max() >= parts:
             break
         # the worse half of each region's parts is halved
-        wide = (high - low).max(axis=1)
+        low, high = now[2:4]
         between = 0.5 * (low + high)[region]
-        score = np.maximum(ends[1] - between, between - ends[0])
-        score = (score / wide[region, None]).max(axis=1)
+        score = np.maximum(ends[1] - between, between - ends[0]) / (high - low).max(axis=1)[region, None]
         rank = np.empty(len(region), dtype=int)
-        rank[np.lexsort((-score, region))] = np.arange(len(region)) - np.repeat(np.cumsum(size) - size, size)
+        start = np.cumsum(size) - size
+        rank[np.lexsort((-score.max(axis=1), region))] = np.arange(len(region)) - np.repeat(start, size)
         some = np.flatnonzero(rank < np.minimum(np.maximum(size // 2, 1), parts - size)[region])
         half = np.where(np.arange(n) == found[-1][some].argmax(axis=1)[:, None], 0.5, 1.0) * width[some]
         shift = width[some] - half
@@ -185,28 +188,60 @@ def _split(network: Network, regions: Regions, rows: Array, parts: int, backend:
         region, width = np.concatenate([region, region[some]]), np.concatenate([width, half])
         middle = np.concatenate([middle, middle[some] + shift])
         width[some], middle[some] = half, middle[some] - shift
-    low, high, root = best
-    pad = 4 * UNIT * (np.abs(low) + np.abs(high))
-    constant, half = 0.5 * (low + high), 0.5 * (high - low) + pad
+    slope, tilt, low, high, _ = best
+    constant, half = 0.5 * (low + high), (0.5 * (high - low)) + 4 * UNIT * (np.abs(low) + np.abs(high))
     return AffineBounds(
-        np.concatenate([root, constant[..., None]], axis=2),
-        np.concatenate([np.zeros_like(root), half[..., None]], axis=2),
+        np.concatenate([slope, constant[..., None]], axis=2), np.concatenate([tilt, half[..., None]], axis=2)
     )
 
 
-def _offsets(slopes: Array, region: NDArray[np.intp], found: list[Array]) -> tuple[Array, Array, list[Array]]:
-    """The range [B, r] of what the parts' bounds leave beside functions with the given slopes, and each part's."""
-    center, box, middle, tilt, constant, half, _ = found
+def _lines(
+    regions: Regions, generators: Array, region: NDArray[np.intp], found: list[Array], slopes: tuple[Array, ...]
+) -> tuple[list[Array], list[Array]]:
+    """Of lines with these slopes (pairs: of the middle and of half the gap, which may also be constant) those whose gap
+    is least where it is largest; and what every part needs beside them."""
+    best: list[Array] = []
+    ends: list[Array] = []
+    for middle, half in zip(slopes[::2], slopes[1::2], strict=True):
+        for tilt in (np.zeros_like(half), half):
+            low, high, rest = _offsets(middle, tilt, region, found)
+            gap = high - low + 2.0 * (_at(tilt, regions.center) + swing(tilt @ generators, regions.ball))
+            now = [middle, tilt, low, high, gap]
+            if not best:
+                best, ends = now, rest
+                continue
+            best, less = _narrower(now, best)
+            ends = [np.where(less[region], k, b) for k, b in zip(rest, ends, strict=True)]
+    return best, ends
+
+
+def _narrower(new: list[Array], old: list[Array]) -> tuple[list[Array], NDArray[np.bool_]]:
+    """The lines with the smaller gap, which comes last in both, and where those are the new ones."""
+    less = (new[-1] < old[-1]) | np.isnan(old[-1])
+    return [np.where(less[..., None] if k.ndim > 2 else less, k, o) for k, o in zip(new, old, strict=True)], less
+
+
+def _offsets(
+    slope: Array, slant: Array, region: NDArray[np.intp], found: list[Array]
+) -> tuple[Array, Array, list[Array]]:
+    """The largest `low` and least `high` [B, r] with (slope - slant) x + low and (slope + slant) x + high around the
+    bounds of every part in that part; and what each part needs."""
+    center, box, middle, tilt, constant, half, whole, _ = found
     n = center.shape[1]
-    reach = (np.abs(center) + np.abs(box) @ np.ones(n))[:, :, None]
+    reach = np.abs(center) + np.abs(box) @ np.ones(n)
     ends = []
     for sign in (-1.0, 1.0):
-        rest = middle + sign * tilt - slopes[region]
-        swing = np.abs(rest @ box) @ np.ones(n)
-        size = (np.abs(middle) + np.abs(tilt) + np.abs(slopes[region])) @ reach
-        pad = 16 * (n + 8) * UNIT * (size[..., 0] + np.abs(constant) + np.abs(half))
-        ends.append((rest @ center[:, :, None])[..., 0] + constant + sign * (half + swing + pad))
-    low, high = np.full(slopes.shape[:2], np.inf), np.full(slopes.shape[:2], -np.inf)
+        rest = middle + sign * tilt - (slope + sign * slant)[region]
+        moved = swing(rest @ box, whole > 0.0)
+        size = _at(np.abs(middle) + np.abs(tilt) + (np.abs(slope) + np.abs(slant))[region], reach)
+        pad = 16 * (n + 8) * UNIT * (size + np.abs(constant) + np.abs(half))
+        ends.append(_at(rest, center) + constant + sign * (half + moved + pad))
+    low, high = np.full(slope.shape[:2], np.inf), np.full(slope.shape[:2], -np.inf)
     np.minimum.at(low, region, ends[0])
     np.maximum.at(high, region, ends[1])
     return low, high, ends
+
+
+def _at(weight: Array, x: Array) -> Array:
+    """weight [B, r, n] @ x [B, n]: [B, r]."""
+    return np.asarray((weight @ x[:, :, None])[..., 0])

@@ -68,6 +68,11 @@ class Card:
         return np.array([c.high - c.low for c in self.actions])
 
     @property
+    def limits(self) -> NDArray[np.float32]:
+        """[2, m]: the least and the greatest value of every action; infinite where the card gives none."""
+        return np.array([[c.low for c in self.actions], [c.high for c in self.actions]], np.float32)
+
+    @property
     def context_indices(self) -> tuple[int, ...]:
         names = [c.name for c in self.observations]
         return tuple(names.index(name) for name in self.context)

@@ -5,7 +5,8 @@ coordinates in the region, as the router computes them,
 
     |policy(x) - expert(x)|_r  <=  bound_weight_r . xi + bound_offset_r
 
-for both as executed by ONNX Runtime. For a decision (argmax, argmin) the rows are the pairwise differences of the
+for both as executed by ONNX Runtime; where `floats` of a `linear` certificate names limits, both cut to these first, as
+actions are when they are delivered. For a decision (argmax, argmin) the rows are the pairwise differences of the
 policy's outputs, so an expert's value that exceeds its bound decides the pair as the policy does.
 
 Kinds say what stands behind a bound, and are never mixed up:
@@ -23,7 +24,7 @@ All but the last are formal: they hold for every observation of the region.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import combinations
 from typing import Any
@@ -32,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError
-from .region import Regions
+from .region import Regions, of_ball, rounded_to, swing, within
 
 Array = NDArray[np.float64]
 
@@ -111,8 +112,11 @@ class Certificates:
         bound_weight [E, r, n], bound_offset [E, r]: float64, action units; an infinite offset means "unknown".
         kind [E]: positions in KINDS; by default `linear`, which is what core.certify makes.
         cost [E]: multiplications of the expert; by default those of an affine one.
-        floats, octets: what a kind stores beside this, float32 and uint8: `exact` and `mixed` their networks, whose
-            affine expert is zero (core.collapse), `statistical` its evidence (core.statistical), the others nothing.
+        round [E]: how many of the last axes of a region form a ball (core.region); by default none.
+        floats, octets: what a kind stores beside this, float32 and uint8: `linear` the limits (all low ones, all high
+            ones) to which policy and expert are cut before they are compared, if at all (core.certify); `exact` and
+            `mixed` their networks, whose affine expert is zero (core.collapse), `statistical` its evidence
+            (core.statistical), the others nothing.
     """
 
     center: Array
@@ -125,6 +129,7 @@ class Certificates:
     cost: NDArray[np.int64] = _BELOW
     floats: Ragged = _BELOW
     octets: Ragged = _BELOW
+    round: NDArray[np.int32] = _BELOW
 
     def __post_init__(self) -> None:
         count = len(self.center)
@@ -134,6 +139,7 @@ class Certificates:
             ("cost", np.full(count, affine)),
             ("floats", Ragged(np.zeros(0, np.float32), np.zeros(count + 1, np.int64))),
             ("octets", Ragged(np.zeros(0, np.uint8), np.zeros(count + 1, np.int64))),
+            ("round", np.zeros(count, np.int32)),
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -146,12 +152,25 @@ class Certificates:
 
     @property
     def regions(self) -> Regions:
-        return Regions(self.center, self.transform)
+        return Regions(self.center, self.transform, self.round)
 
     @property
     def worst(self) -> Array:
         """The largest value [E, r] of the bound anywhere in its region."""
-        return self.bound_offset + np.abs(self.bound_weight).sum(axis=2)
+        return self.bound_offset + swing(self.bound_weight, of_ball(self.round, self.center.shape[1]))
+
+    def brief(self) -> Certificates:
+        """The same experts with bounds in numbers that take fewer bytes to tell, never smaller anywhere in a region.
+
+        Slopes are rounded to 12 bits; as |xi| <= 1, offsets raised by the sum of what that changed (and a little more,
+        for the rounding of evaluating them), then to the next float32, pay for it.
+        """
+        weight = rounded_to(self.bound_weight, 12)
+        with np.errstate(all="ignore"):
+            offset = self.bound_offset + np.abs(weight - self.bound_weight).sum(axis=2) * (1.0 + 1e-9)
+            single = offset.astype(np.float32)
+            single = np.where(single < offset, np.nextafter(single, np.float32(np.inf)), single).astype(float)
+        return replace(self, bound_weight=weight, bound_offset=single)
 
     def among(self, kinds: Iterable[str]) -> NDArray[np.bool_]:
         """[E]: which certificates are of these kinds."""
@@ -167,7 +186,7 @@ class Certificates:
         xi = np.einsum("nij,nj->ni", self.transform[index], exact - self.center[index])
         value = np.einsum("nri,ni->nr", self.expert_weight[index].astype(float), exact) + self.expert_bias[index]
         bound = np.einsum("nri,ni->nr", self.bound_weight[index], xi) + self.bound_offset[index]
-        return np.asarray((np.abs(xi) <= 1.0).all(axis=1)), value, bound
+        return within(xi, of_ball(self.round[index], self.center.shape[1])), value, bound
 
     @classmethod
     def join(cls, parts: list[Certificates]) -> Certificates:
@@ -187,6 +206,11 @@ class Certificates:
         return cls(
             zero((0, n)), zero((0, n, n)), zero((0, r, n), single), zero((0, r), single), zero((0, r, n)), zero((0, r))
         )
+
+
+def limited(certificates: Certificates) -> NDArray[np.bool_]:
+    """[E]: which certificates are about actions cut to limits, as they are delivered (core.certify)."""
+    return ~certificates.among(COLLAPSED) & (np.diff(certificates.floats.start) > 0)
 
 
 def decision_pairs(alternatives: int) -> list[tuple[int, int]]:

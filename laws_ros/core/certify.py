@@ -7,11 +7,13 @@ add (docs/soundness.md).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from .bounds import HUGE32, INFLATE, NUMPY, TINY32, Backend, affine_bounds, gamma
-from .certificate import Certificates, decision_rows
+from .certificate import Certificates, Ragged, decision_rows
 from .network import Network
 from .region import UNIT, Regions
 
@@ -27,6 +29,7 @@ def certify(
     batch: int = 96,
     effort: str = "backward",
     backend: Backend = NUMPY,
+    limits: NDArray[np.float32] | None = None,
 ) -> Certificates:
     """Fit and certify one affine expert per region.
 
@@ -34,6 +37,9 @@ def certify(
         network: the policy. regions: B of them. decision: what the actions mean (core.card.DECISIONS).
         batch: regions per matrix product; memory grows with it.
         effort, backend: what may be spent per region, and where (core.bounds).
+        limits: [2, m] to which actions are cut on delivery, the policy's and the expert's alike. Where the policy ends
+            in just such a cut, the certificates are about delivered actions: they bound the policy and the expert
+            before it, which is not bent by it, and cutting both can only bring them nearer.
 
     Returns:
         One certificate per region. Where nothing could be shown its bound_offset is infinite.
@@ -42,10 +48,16 @@ def certify(
         ConfigError: regions of another number of axes than the policy reads; an unknown effort.
     """
     rows = decision_rows(network.outputs, decision)
+    if limits is not None and decision == "none" and (found := network.unlimited(*limits.astype(float))):
+        whole = certify(found[0], regions, decision, batch, effort, backend)
+        limited = Ragged.of([limits.reshape(-1)] * len(whole), np.float32)
+        return replace(whole, bound_offset=whole.bound_offset + found[1] * INFLATE, floats=limited)
     if len(regions) == 0:
         shape = (0, len(rows), network.inputs)
         expert, bound = np.zeros(shape, np.float32), np.zeros(shape)
-        return Certificates(regions.center, regions.transform, expert, expert[..., 0], bound, bound[..., 0])
+        return Certificates(
+            regions.center, regions.transform, expert, expert[..., 0], bound, bound[..., 0], round=regions.round
+        )
     parts = [_certify(network, regions[k : k + batch], rows, effort, backend) for k in range(0, len(regions), batch)]
     return Certificates.join(parts)
 
@@ -87,6 +99,7 @@ def _certify(network: Network, regions: Regions, rows: Array, effort: str, backe
         expert32[..., -1],
         np.where(unknown[..., None], 0.0, weight),
         np.where(unknown, np.inf, offset),
+        round=regions.round,
     )
 
 

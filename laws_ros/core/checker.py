@@ -1,10 +1,9 @@
 """A small independent checker: proves a library's certificates again, one by one, with none of the issuer's code.
 
-It takes nothing from `bounds` or `certify` on trust and shares no function with them. Where the issuer propagates
-affine enclosures forward over many regions at once, the checker substitutes backwards from every layer, one region at
-a time; where the issuer has a table of lines, the checker searches for slopes and computes the least sound offset for
-them from the function's critical points. Both rest on the same execution model (docs/soundness.md): float32, any order
-of summation.
+Where the issuer propagates affine enclosures forward over many regions at once, the checker substitutes backwards from
+every layer, one region at a time; where the issuer has a table of lines, the checker searches for slopes and computes
+the least sound offset for them from the function's critical points. Both rest on the same execution model
+(docs/soundness.md): float32, any order of summation.
 
 A verdict is "holds" (proved) or "unknown" (not proved, which never counts as holding). numpy only; runs on a robot.
 """
@@ -37,15 +36,12 @@ def _rounding(terms: float | Array, unit: float) -> Array:
 
 
 class Checker:
-    """Re-proves certificates of one policy.
-
-    Args:
-        network: the policy's layer graph. decision: core.card.DECISIONS.
-    """
+    """Re-proves certificates of one policy: its layer graph, and what its actions mean (core.card.DECISIONS)."""
 
     def __init__(self, network: Network, decision: str = "none") -> None:
         self.network = network
         self.rows = decision_rows(network.outputs, decision)
+        self.limited: dict[bytes, Any] = {}
         self.matrices: _Matrices = {}
         for index, node in enumerate(network.nodes, start=1):
             if isinstance(node, Affine):
@@ -54,30 +50,39 @@ class Checker:
 
     def verdict(self, certificates: Certificates, index: int, splits: int = 64) -> str:
         """ "holds" if certificate `index` is proved over its whole region, else "unknown"."""
-        if certificates.kind[index] not in _AFFINE:
+        inner, short = self._before(certificates.floats.row(index))
+        if certificates.kind[index] not in _AFFINE or inner is None:
             return "unknown"
-        return self.proved(certificates, index, splits, lambda proof: self._excess(certificates, index, proof))
+        return inner.proved(certificates, index, splits, lambda p: inner._excess(certificates, index, p, short))
+
+    def _before(self, limits: Array) -> tuple[Checker | None, Array]:
+        """Whose certificates these are: of the policy before it is cut to the limits, and what that leaves out."""
+        if limits.size == 0:
+            return self, np.zeros(1)
+        if limits.tobytes() not in self.limited:
+            fits = limits.size == 2 * self.network.outputs == 2 * len(self.rows)
+            found = self.network.unlimited(*limits.reshape(2, -1).astype(float)) if fits else None
+            self.limited[limits.tobytes()] = (Checker(found[0]), found[1]) if found else (None, limits)
+        return self.limited[limits.tobytes()]
 
     def proved(self, certificates: Certificates, index: int, splits: int, excess: Callable[[Proof], float]) -> str:
-        """ "holds" if over a certificate's whole region the error exceeds the claim by nothing, else "unknown".
-
-        A region that is not proved as a whole is halved, up to `splits` times, and proved part by part.
-
-        Args:
-            excess: how far the error can exceed the claim in a part of the region, as far as can be shown; NaN where
-                nothing is known.
-        """
+        """The same; a region that is not proved as a whole is halved, up to `splits` times, and proved part by part.
+        `excess`: how far the error can exceed the claim in a part, as far as can be shown; NaN where none is known."""
         with np.errstate(all="ignore"):
-            box, blur = _enclose(certificates.transform[index])
+            box, blur = _enclose(certificates.transform[index], int(certificates.round[index]))
             n = len(box)
+            ball = np.arange(n) >= n - certificates.round[index]
             parts = [(np.zeros(n), np.ones(n))]  # middle and half-widths in zeta
-            while parts and np.isfinite(blur):
+            while parts and splits >= 0 and np.isfinite(blur):
                 middle, half = parts.pop()
-                proof = Proof(self.network, self.matrices, certificates.center[index], box, blur, middle, half)
-                if excess(proof) <= 0.0:  # false for a NaN, which is unknown
+                cut = ball & (half < 1.0)  # of these axes only what the others leave of the ball
+                least = np.maximum(np.abs(middle) - half, 0.0) * cut
+                most = np.where(cut, np.sqrt(np.maximum(_MORE - least @ least + least**2, 0.0)), 1.0)
+                low, high = np.maximum(middle - half, -most), np.minimum(middle + half, most)
+                part = 0.5 * (low + high), np.where(cut, 0.5 * (high - low) + 1e-12, half), ball
+                proof = Proof(self.network, self.matrices, certificates.center[index], box, blur, *part)
+                if (low > high).any() or excess(proof) <= 0.0:  # outside; or proved, which a NaN is not
                     continue
-                if splits == 0:
-                    return "unknown"
                 splits -= 1
                 k = int(np.argmax(proof.bend))
                 half = np.where(np.arange(n) == k, 0.5 * half, half)
@@ -85,37 +90,34 @@ class Checker:
                 parts += [(middle - shift, half), (middle + shift, half)]
         return "unknown" if parts else "holds"
 
-    def _excess(self, certificates: Certificates, index: int, proof: Proof) -> float:
+    def _excess(self, certificates: Certificates, index: int, proof: Proof, short: Array) -> float:
         """By how much the error of an affine expert may exceed its claim in a part of the region."""
-        center, reach, box = proof.center, proof.reach, proof.box
+        center, reach, box, n = proof.center, proof.reach, proof.box, len(proof.center)
         high_weight, high = proof.above(len(self.network.nodes), self.rows)
         low_weight, low = proof.above(len(self.network.nodes), -self.rows)
-        expert_weight = certificates.expert_weight[index].astype(float)
-        expert = certificates.expert_bias[index].astype(float)
-        claim_weight, claim = certificates.bound_weight[index], certificates.bound_offset[index]
-        n = len(center)
+        expert_weight, expert = (k[index].astype(float) for k in (certificates.expert_weight, certificates.expert_bias))
+        claim_weight, claim = certificates.bound_weight[index], certificates.bound_offset[index] - short
         size = np.abs(expert_weight) @ reach + np.abs(expert)
         flushed = 2 * (n + 3) + np.abs(expert_weight).sum(axis=1) + np.abs(expert) + reach.sum()
         executed = _rounding(n + 3, _U32) * size + flushed * _TINY
-        # the router evaluates the claim at its own xi, within blur of zeta, and rounds
-        claimed = np.abs(claim_weight).sum(axis=1)
+        claimed = np.abs(claim_weight).sum(axis=1)  # by the router, at its own xi, within blur of zeta, and rounded
         routed = proof.blur * claimed + 2 * (n + 4) * _U64 * (claimed + np.abs(claim))
         worst = -np.inf
         for weight, constant, sign in ((high_weight, high, 1.0), (low_weight, low, -1.0)):
-            difference = weight - sign * expert_weight
-            offset = difference @ center + constant - sign * expert - claim
+            offset = (difference := weight - sign * expert_weight) @ center + constant - sign * expert - claim
             slope = difference @ box - claim_weight
             own = 16 * (n + 4) * _U64 * (np.abs(weight) @ reach + np.abs(constant) + size + claimed + np.abs(claim))
-            excess = offset + slope @ proof.middle + np.abs(slope) @ proof.half + (executed + routed + own) * _MORE
+            excess = offset + slope @ proof.middle + proof.moved(slope) + (executed + routed + own) * _MORE
             worst = max(worst, float(excess.max())) if np.isfinite(excess).all() else np.nan
         return worst
 
 
-def _enclose(transform: Array) -> tuple[Array, float]:
-    """A matrix B and a blur so that every x the router accepts is center + B zeta, |zeta| <= 1, |zeta - xi| <= blur.
+def _enclose(transform: Array, round: int = 0) -> tuple[Array, float]:
+    """A matrix B and a blur so that every x the router accepts is center + B zeta, |zeta| <= 1, |zeta - xi| <= blur,
+    and the last `round` entries of zeta lie in the unit ball.
 
     With N a computed inverse of T, any y = T d satisfies d = N y + N (I - T N)(I + ...) y; the relative defect of
-    that, together with the rounding of T d, is at most `defect` in the maximum norm (docs/soundness.md, step 1).
+    that, with the rounding of T d, is at most `defect` (docs/soundness.md, step 1), sqrt(round) times that in the ball.
     """
     n = len(transform)
     try:
@@ -124,24 +126,25 @@ def _enclose(transform: Array) -> tuple[Array, float]:
         return transform, np.inf
     amplification = (np.abs(transform) @ np.abs(inverse)).sum(axis=1).max()
     defect = np.abs(transform @ inverse - np.eye(n)).sum(axis=1).max() + 2 * (n + 3) * _U64 * amplification
+    defect *= max(round, 1) ** 0.5
     if not defect < 1e-3:  # or it is not a number
         return transform, np.inf
     return inverse * (1.0 + 4.5 * defect), 9.0 * defect * _MORE
 
 
 class Proof:
-    """Bounds over a part of a region: ranges of every node, and affine functions of x above any combination of a node.
-
-    Attributes:
-        reach: the largest magnitude of each observation.
-        low, high: per node (0 the observation) the range of its values as executed; error: of affine ones, executed.
-        bend: per axis of the region how much it moves neurons that bend (where a split helps).
-    """
+    """Bounds over a part of a region: ranges `low`, `high` of every node (0 the observation) as executed, and affine
+    functions of x above any combination of a node. `reach`: the largest magnitude of each observation; `error`: of
+    affine nodes, executed; `bend`: per axis how much it moves neurons that bend (where a split helps)."""
 
     def __init__(
-        self, network: Network, matrices: _Matrices, center: Array, box: Array, blur: float, middle: Array, half: Array
+        self, network: Network, matrices: _Matrices, center: Array, box: Array, blur: float, *part: NDArray[Any]
     ) -> None:
-        """The part {center + box @ (middle + half * eta) : |eta| <= 1} of a region, known up to blur."""
+        """The part {center + box @ (middle + half * eta) : |eta| <= 1} of a region, known up to blur; `part`: middle,
+        half, and which axes form the ball. Those that were not halved still do, with what the others leave of it."""
+        middle, half, ball = part
+        taken = np.maximum(np.abs(middle) - half, 0.0)[ball]
+        self.whole, self.rest = ball & (half == 1.0), np.sqrt(max(_MORE - taken @ taken, 0.0))
         self.matrices, self.blur = matrices, blur
         self.network, self.center, self.box, self.middle, self.half = network, center, box, middle, half
         self.reach = np.abs(center) + np.abs(box).sum(axis=1)
@@ -196,7 +199,12 @@ class Proof:
         slope = weight @ self.box
         self.swing[index] = np.abs(slope) * self.half
         pad = 8 * (len(self.center) + 4) * _U64 * (np.abs(weight) @ self.reach + np.abs(constant))
-        return weight @ self.center + constant + slope @ self.middle + self.swing[index].sum(axis=1) + pad
+        return weight @ self.center + constant + slope @ self.middle + self.moved(slope) + pad
+
+    def moved(self, slope: Array) -> Array:
+        """By how much slope @ zeta can exceed what it is at the part's middle."""
+        size = self.rest * np.linalg.norm(slope * self.whole, axis=1)
+        return np.asarray(size + np.abs(slope) @ (self.half * ~self.whole))
 
     def above(self, index: int, rows: Array) -> tuple[Array, Array]:
         """weight [r, n], constant [r] with rows @ node `index` <= weight @ x + constant in the region, as executed."""
@@ -344,8 +352,7 @@ def _above(node: Elementwise, low: Array, high: Array, sign: float) -> tuple[Arr
 
     def height(slope: Array) -> Array:
         """Of the line at the middle."""
-        result: Array = (values - slope * (points - middle)).max(axis=0)
-        return result
+        return np.asarray((values - slope * (points - middle)).max(axis=0))
 
     if curvature:
         slopes = sign * node.derivative(points)
@@ -379,8 +386,7 @@ def _tangent(
     left, right = np.maximum(bend, 0.5 * (low + high) + lean * (high - low)), high
 
     def cuts(t: Array) -> NDArray[np.bool_]:
-        result: NDArray[np.bool_] = f(t) + slope(t) * (low - t) < end
-        return result
+        return np.asarray(f(t) + slope(t) * (low - t) < end)
 
     chord = cuts(high) & (high > low)
     for _ in range(50):

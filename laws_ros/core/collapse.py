@@ -81,6 +81,7 @@ def collapse(network: Network, regions: Regions, kind: str, tolerance: Array, ba
         cost=np.array([f.cost for f in found], np.int64),
         floats=Ragged.of([f.states.lines.reshape(-1) for f in found], single),
         octets=Ragged.of([f.states.code for f in found], np.uint8),
+        round=regions.round,
     )
 
 

@@ -29,5 +29,13 @@ class ObservationError(LawsError):
     """An observation with a wrong length, a NaN, or a value outside the card's range."""
 
 
+class FleetError(LawsError):
+    """A store, key, signature or update of a fleet that cannot be used."""
+
+
+class RefusedError(FleetError):
+    """An update or upload that was not what the fleet's keys have signed, or is not for this robot."""
+
+
 class WorkloadError(LawsError):
     """An unknown workload, or one whose observations or actions do not fit the policy."""

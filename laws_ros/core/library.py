@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
-import tempfile
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import durable
 from .card import Card
-from .certificate import COLLAPSED, KINDS, Certificates, Ragged, decision_rows
+from .certificate import COLLAPSED, KINDS, Certificates, Ragged, decision_rows, limited
 from .collapsed import inconsistency
 from .errors import LibraryError
 from .record import pack
 from .statistical import Evidence
 from .trie import Trie
 
-MAGIC = b"LAWSLIB2"
+MAGIC = b"LAWSLIB3"
+BEFORE_ROUND = b"LAWSLIB2"  # still read: all its regions are boxes
 BEFORE_KINDS = b"LAWSLIB1"  # still read: all its certificates are `linear`
 _ALIGN = 64
 
@@ -132,23 +132,9 @@ class Library:
         """
         path = Path(path)
         body = self._body()
-        temporary = None
         try:
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(MAGIC + hashlib.sha256(body).digest() + body)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            durable.write(path, MAGIC, hashlib.sha256(body).digest(), body)
         except OSError as error:
-            if temporary is not None and os.path.exists(temporary):
-                os.unlink(temporary)
             raise LibraryError(f"{path}: cannot be written: {error.strerror}") from None
 
     @classmethod
@@ -165,13 +151,13 @@ class Library:
             raise LibraryError(f"{path}: cannot be read: {error.strerror}; `laws build` makes a library") from None
         if not data.startswith(MAGIC[:7]):
             raise LibraryError(f"{path}: not a LAWS library (it starts with {data[:8]!r})")
-        if not data.startswith((MAGIC, BEFORE_KINDS)):
+        if not data.startswith((MAGIC, BEFORE_ROUND, BEFORE_KINDS)):
             raise LibraryError(f"{path}: library format {data[:8]!r}, this program reads {MAGIC!r}")
-        body = data[len(MAGIC) + 32 :]
+        body = memoryview(data)[len(MAGIC) + 32 :]  # a copy would double the memory that loading takes
         if hashlib.sha256(body).digest() != data[len(MAGIC) : len(MAGIC) + 32]:
             raise LibraryError(f"{path}: damaged: its content does not match its sha256; build or fetch it again")
         (length,) = struct.unpack_from("<Q", body)
-        header = json.loads(body[8 : 8 + length])
+        header = json.loads(bytes(body[8 : 8 + length]))
         start = len(MAGIC) + 32 + 8 + length
         start += -start % _ALIGN
         arrays: dict[str, NDArray[Any]] = {}
@@ -186,7 +172,9 @@ class Library:
 
         try:
             names = [f.name for f in fields(Certificates)]
-            if data.startswith(MAGIC):
+            if not data.startswith(MAGIC):
+                names.remove("round")
+            if not data.startswith(BEFORE_KINDS):
                 for name in ("floats", "octets"):
                     arrays[f"certificates.{name}"] = part(f"certificates.{name}", Ragged, ["values", "start"])
             else:
@@ -216,11 +204,14 @@ class Library:
             "bound_offset": (count, rows),
             "kind": (count,),
             "cost": (count,),
+            "round": (count,),
         }
         for name, shape in shapes.items():
             found = getattr(self.certificates, name).shape
             if found != shape:
                 raise LibraryError(f"{path}: certificates.{name} has shape {found}, {shape} is expected")
+        if count and not 0 <= self.certificates.round.min() <= self.certificates.round.max() <= n:
+            raise LibraryError(f"{path}: certificates.round is not between 0 and {n}; build the library again")
         self._check_kinds(path)
         t = self.trie
         nodes = len(t.axis)
@@ -257,6 +248,12 @@ class Library:
             start = ragged.start
             if len(ragged) != len(c) or start[0] != 0 or start[-1] != len(ragged.values) or (np.diff(start) < 0).any():
                 raise LibraryError(f"{path}: certificates.{name} is inconsistent; build the library again")
+        for k in np.flatnonzero(limited(c)).tolist():
+            if self.card.decision != "none" or not np.array_equal(c.floats.row(k), self.card.limits.ravel()):
+                raise LibraryError(
+                    f"{path}: region {self.ids[k]}: certified for other limits of the actions than the card's; "
+                    "build the library again"
+                )
         for k in np.flatnonzero(c.among([*COLLAPSED, "statistical"])).tolist():
             kind, octets, wrong = KINDS[c.kind[k]], c.octets.row(k), None
             if kind == "statistical":

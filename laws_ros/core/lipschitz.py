@@ -298,6 +298,7 @@ def certify_lipschitz(
         np.zeros_like(found.middle),
         np.where(known, offset, np.inf),
         np.full(count, kind_code("lipschitz"), np.uint8),
+        round=regions.round,  # shown for the box around a ball
     )
     return Certified(certificates, fit, sizes, covering)
 

@@ -7,7 +7,7 @@ the same function as the ONNX file in real arithmetic; what float32 execution ad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -134,6 +134,38 @@ class Network:
     @property
     def parameters(self) -> int:
         return sum(w.size for n in self.nodes if isinstance(n, Affine) for w in (*n.weights, n.bias))
+
+    def unlimited(self, low: Array, high: Array) -> tuple[Network, Array] | None:
+        """The same network without the clip at its end, for actions that are cut to [low, high] [m] on delivery.
+
+        Where the network ends in a clip, and after it only scales and shifts each action, what is delivered is the same
+        without it, as long as the clip is no narrower than the limits: rounding is monotone, so scaling and shifting
+        what was clipped gives the clipped value of scaling and shifting, to the clip's own ends as computed. By as much
+        as those fall short of the limits, delivered actions may differ.
+
+        Returns:
+            The network, and how far delivered actions may be apart [m]; None where there is no such clip.
+        """
+        end = len(self.nodes)
+        while end and isinstance(node := self.nodes[end - 1], Affine):
+            if node.sources != (end - 1,) or node.weights[0].ndim != 1 or not (node.weights[0] > 0.0).all():
+                return None
+            end -= 1
+        clip = self.nodes[end - 1] if end else None
+        if not isinstance(clip, Elementwise) or clip.function != "clip" or clip.source != end - 1:
+            return None
+        tail = [n for n in self.nodes[end:] if isinstance(n, Affine)]
+        ends, size = [np.full(self.outputs, limit) for limit in clip.parameters], np.abs(clip.parameters).max()
+        magnitude = np.full(self.outputs, size)
+        for affine in tail:
+            ends = [affine.weights[0] * k + affine.bias for k in ends]
+            magnitude = affine.weights[0] * magnitude + np.abs(affine.bias)
+        rounding = 4.0 * (len(tail) + 1) * 2.0**-24 * magnitude + 2.0**-120
+        short = np.maximum(np.maximum(ends[0] - low, high - ends[1]), 0.0) + rounding
+        if not (short <= 1e-5 * (high - low)).all():
+            return None
+        moved = [replace(n, sources=(end + k - 1,)) for k, n in enumerate(tail)]
+        return Network(self.inputs, (*self.nodes[: end - 1], *moved)), short
 
     def values(self, x: Array) -> list[Array]:
         """Every node's value [N, n] at observations x [N, inputs], in float64."""

@@ -329,6 +329,12 @@ class Binding:
         for name, places in self._groups:
             setattr(target, name, array("d", [command[k] for k in places]))
 
+    def is_empty(self, message: Any) -> bool:
+        """Whether a message of commands_type commands nothing."""
+        if self.commands_type == ARRAY:
+            return not len(message.data)
+        return not message.points if self.commands_type == TRAJECTORY else not len(message.name)
+
     def read_action(self, message: Any) -> NDArray[np.float64]:
         """The action [m] of which a message is the command: what a robot does with it.
 

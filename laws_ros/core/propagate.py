@@ -213,8 +213,16 @@ class Relaxed:
     """A policy over B regions with every elementwise node replaced by lines and every rounding by an unknown."""
 
     def __init__(
-        self, network: Network, center: Array, generators: Array, effort: str = "backward", backend: Backend = NUMPY
+        self,
+        network: Network,
+        center: Array,
+        generators: Array,
+        effort: str = "backward",
+        backend: Backend = NUMPY,
+        ball: NDArray[np.bool_] | None = None,
     ) -> None:
+        """{center + generators @ zeta}: |zeta| <= 1, and of the columns in `ball` [B, d] the 2-norm, too."""
+        self.ball = backend.array(ball.astype(float)) if ball is not None and ball.any() else None
         self.network, self.backend, self.xp, self.array = network, backend, backend.xp, backend.array
         self.single, self.count = getattr(backend.xp, backend.single), len(center)
         self.center, self.generators = self.array(center), self.array(generators)
@@ -262,7 +270,8 @@ class Relaxed:
         """A float32 observation enters exactly; its form is off by the rounding of its slopes to float32."""
         xp, center = self.xp, self.center.T
         swing = xp.sum(xp.abs(self.generators), axis=2).T
-        reach = swing + 4 * (self.generators.shape[2] + 2) * UNIT * (xp.abs(center) + swing)
+        reach = swing if self.ball is None else self._reach(xp.permute_dims(self.generators, (1, 0, 2)))
+        reach = reach + 4 * (self.generators.shape[2] + 2) * UNIT * (xp.abs(center) + swing)
         middle = xp.astype(xp.permute_dims(self.generators, (1, 0, 2))[..., : self.columns], self.single)
         half = reach if self.flat else UNIT32 * swing + self.columns * TINY32
         form = _Form(center, half * INFLATE, middle, None, 0.0 * swing if self.flat else swing * (1.0 + 2 * UNIT32))
@@ -335,9 +344,14 @@ class Relaxed:
         xp, single, tiny = self.xp, gamma(self.columns + 4.0), self.columns * TINY32
         if tilt is None:
             below = above = swing = self._sum(middle) * (1.0 + 2 * single) + tiny
+            if self.ball is not None:
+                below = above = self._reach(middle) + (2 * single * swing + tiny)
         else:
-            below, above = self._sum(middle - tilt), self._sum(middle + tilt)
+            ends = middle - tilt, middle + tilt
+            below, above = (self._sum(k) for k in ends)
             swing = (below + above) * (1.0 + 4 * single) + 4 * tiny
+            if self.ball is not None:
+                below, above = (self._reach(k) for k in ends)
             below, above = (k + (2 * single * swing + 4 * tiny) for k in (below, above))
         wide = half + 4 * UNIT * (xp.abs(constant) + half + swing)
         return _Known(constant - wide - below, constant + wide + above, _Form(constant, half, middle, tilt, swing))
@@ -346,6 +360,19 @@ class Relaxed:
         """Of magnitudes over the last axis: as a product, several times faster than a sum where that axis is short."""
         total = self.xp.abs(x) @ self.xp.ones_like(x[(0,) * (x.ndim - 1)])
         return self.xp.astype(total, self.xp.float64)
+
+    def _reach(self, x: Any) -> Any:
+        """Largest value of x [n, B, d] @ zeta over the regions; errs as `_sum` does, relative to what that gives.
+
+        With a ball: the 1-norm over the columns of the box, the 2-norm over those of the ball, in float64, where the
+        square of a float32 number does not underflow; that of a float64 number may, which the last term covers.
+        """
+        if self.ball is None or self.columns == 0:
+            return self._sum(x)
+        xp = self.xp
+        whole = xp.astype(x, xp.float64)
+        squares = (whole * whole * self.ball) @ xp.ones_like(whole[(0,) * (x.ndim - 1)])
+        return self._sum(x * xp.astype(1.0 - self.ball, x.dtype)) + xp.sqrt(squares) + x.shape[-1] * 2.0**-511
 
     def _lines(self, node: Elementwise, low: Array, high: Array, touch: Touch | None = None) -> tuple[_Bend, list[Any]]:
         """The lines of an elementwise node, and what its form needs of them: slopes of both, and its range."""
@@ -476,7 +503,14 @@ class Relaxed:
         middle, tilt = middle @ self.generators, tilt @ self.generators
         self.leans[index] = self.xp.permute_dims(middle, (1, 0, 2))
         # `half` has room for the rounding of these, too
-        return constant - half - self._sum(middle - tilt), constant + half + self._sum(middle + tilt)
+        below, above = (self._swing(k) for k in (middle - tilt, middle + tilt))
+        return constant - half - below, constant + half + above
+
+    def _swing(self, x: Any) -> Any:
+        """`_reach` of x [B, r, d]: [B, r]."""
+        if self.ball is None:
+            return self._sum(x)
+        return self._reach(self.xp.permute_dims(x, (1, 0, 2))).T
 
     def forward(self, rows: Array, transform: Array) -> tuple[Any, Any, Any, Any]:
         """As `backward` from the output, but from its form: each function of zeta is given slopes in x, and what that
@@ -595,6 +629,7 @@ class Relaxed:
         many.center, many.generators, many.reach = (
             self._each(k, count) for k in (self.center, self.generators, self.reach)
         )
+        many.ball = None if self.ball is None else self._each(self.ball, count)
         many.slips = {i: _Slip(*(self._each(v, count) for v in vars(k).values())) for i, k in self.slips.items()}
         many.scales = {i: _Scale(*(self._each(v, count) for v in vars(k).values())) for i, k in self.scales.items()}
         many.bends, touch = {}, {}
@@ -608,8 +643,12 @@ class Relaxed:
         for step in range(DESCENTS):
             trace: dict[int, Any] = {}
             found = many.backward(last, wanted, trace=trace)
-            corner = xp.sign(found[1] @ many.generators)
-            value = found[3] + _dot(found[1], many.center) + many._sum(found[1] @ many.generators)
+            slope = found[1] @ many.generators
+            corner = xp.sign(slope)
+            if many.ball is not None:
+                size = xp.sqrt(xp.sum(slope * slope * many.ball[:, None, :], axis=2))[..., None] + TINY32
+                corner = xp.where(many.ball[:, None, :] > 0.0, slope / size, corner)
+            value = found[3] + _dot(found[1], many.center) + many._swing(slope)
             if step == 0:
                 best, least = list(found), value
             else:

@@ -22,8 +22,10 @@ from .errors import ConfigError, ObservationError
 Floats = NDArray[np.float64]
 REACTIONS = ("hold", "zero", "safe_pose", "ramp_down")
 # What a command comes from, beside the regions 0, 1, ... of the library.
-POLICY, ON_DEADLINE, ON_TIMEOUT, ON_LIMIT, ON_ESTOP = -1, -2, -3, -4, -5
+POLICY, ON_DEADLINE, ON_TIMEOUT, ON_LIMIT, ON_ESTOP, ON_SILENCE, OPERATOR = range(-1, -8, -1)
 SOURCES = {POLICY: "policy", ON_DEADLINE: "deadline", ON_TIMEOUT: "timeout", ON_LIMIT: "limit", ON_ESTOP: "estop"}
+SOURCES |= {ON_SILENCE: "silence", OPERATOR: "operator"}
+RESUME = "policy"  # on_silence may be this, beside the reactions
 NEVER_NS = 2**62
 BELOW = 1.0 - 2.0**-50  # makes a product of floats, with its roundings, no larger than the exact one
 
@@ -61,6 +63,8 @@ class Rules:
         period_ns: one control period.
         on_deadline, on_timeout, on_limit, on_estop: one of REACTIONS, for an answer that is late, observations that
             fail to come, a joint beyond its limits, and the emergency stop.
+        on_silence: for an operator who has taken over and falls silent without handing back; RESUME: as if they had.
+        silence_ns: this long without a word of theirs is silence.
         observation_timeout_ns: without a usable observation for this long, `on_timeout`.
         ramp_down_ns: how long `ramp_down` takes.
     """
@@ -72,11 +76,14 @@ class Rules:
     on_limit: str = "hold"
     on_estop: str = "zero"
     ramp_down_ns: int = 500_000_000
+    on_silence: str = "hold"
+    silence_ns: int = 500_000_000
 
     def __post_init__(self) -> None:
-        for name in ("on_deadline", "on_timeout", "on_limit", "on_estop"):
-            if getattr(self, name) not in REACTIONS:
-                raise ConfigError(f"{name}: {getattr(self, name)!r} is none of {', '.join(REACTIONS)}")
+        for name in ("on_deadline", "on_timeout", "on_limit", "on_estop", "on_silence"):
+            known = (*REACTIONS, RESUME) if name == "on_silence" else REACTIONS
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
 
     def reaction(self, cause: int) -> str:
         name: str = getattr(self, f"on_{SOURCES[cause]}")
@@ -84,14 +91,17 @@ class Rules:
 
 
 class Governor:
-    """Turns answers, their absence and emergencies into commands that keep the laws above.
+    """Turns answers, their absence, an operator's commands and emergencies into commands that keep the laws above.
+
+    Who counts, in this order: the emergency stop, the operator, the robot's limits and silent sensors, the answers.
 
     `estop` and `reset` may be called from any thread; everything else belongs to the control thread.
 
     Attributes:
         last: the last command [m], or None before `begin`: nothing is commanded before the first observation.
         observed_ns: to be set whenever a usable observation has arrived.
-        cause: the reaction in force (one of SOURCES), or POLICY while answers are published.
+        cause: the reaction in force (one of SOURCES), OPERATOR, or POLICY while answers are published.
+        operator: the newest command [m] of an operator who has taken over, else None.
         stopped: why the emergency stop is latched, else "".
         counts: how often each reaction began.
     """
@@ -107,6 +117,8 @@ class Governor:
         self._limits = list(zip(limits.low.tolist(), limits.high.tolist(), step.tolist(), strict=True))
         self._safe: list[float] = limits.safe.tolist()
         self.observed_ns = now_ns
+        self.operator: list[float] | None = None
+        self._spoken_ns = now_ns
         self._began_ns = self._published_ns = now_ns
         self._from = self._safe
 
@@ -117,6 +129,36 @@ class Governor:
     def reset(self) -> None:
         """Release it: the next usable observation is answered again."""
         self.stopped = ""
+
+    def take_over(self, command: Sequence[float], now_ns: int) -> None:
+        """An operator commands [m]; until `hand_back` no answer is published.
+
+        Raises:
+            ObservationError: no usable number; who was in command still is.
+        """
+        if not all(map(math.isfinite, command)):
+            raise ObservationError(f"the operator's command {list(command)} is not finite")
+        self.operator, self._spoken_ns = list(command), now_ns
+
+    def hand_back(self) -> None:
+        """The operator lets go."""
+        self.operator = None
+
+    def operate(self, now_ns: int) -> list[float] | None:
+        """The command [m] while an operator is in command, or None."""
+        if self.operator is None:
+            return None
+        if self.stopped:
+            return self.react(ON_ESTOP, now_ns)
+        if now_ns - self._spoken_ns > self.rules.silence_ns:
+            if self.rules.on_silence != RESUME:
+                return self.react(ON_SILENCE, now_ns)
+            self.hand_back()
+            return None
+        if self.cause != OPERATOR:
+            self.cause = OPERATOR
+            self.counts[OPERATOR] += 1
+        return self._publish(self.operator, now_ns)
 
     def begin(self, standing: Sequence[float]) -> None:
         """The first usable observation is there.
@@ -164,9 +206,10 @@ class Governor:
             return NEVER_NS
         if self.stopped and self.cause != ON_ESTOP:
             return 0
+        silent_ns, period_ns = self.observed_ns + self.rules.observation_timeout_ns, self.rules.period_ns
         if self.cause in (ON_ESTOP, ON_TIMEOUT):
-            return self._published_ns + self.rules.period_ns
-        return self.observed_ns + self.rules.observation_timeout_ns
+            return self._published_ns + period_ns
+        return max(silent_ns, self._published_ns + period_ns) if self.operator is not None else silent_ns
 
     def tick(self, now_ns: int) -> list[float] | None:
         """The command [m] that must be published although no observation has arrived, or None."""
@@ -176,7 +219,8 @@ class Governor:
             return self.react(ON_ESTOP, now_ns)
         if now_ns - self.observed_ns < self.rules.observation_timeout_ns:  # only just released
             return None
-        return self.react(ON_TIMEOUT, now_ns)
+        command = self.operate(now_ns)
+        return self.react(ON_TIMEOUT, now_ns) if command is None else command
 
     def _publish(self, wanted: Sequence[float], now_ns: int) -> list[float]:
         assert self.last is not None

@@ -16,9 +16,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from .region import Regions
+from .region import Regions, swing
 
 LEAF = -1
+THRESHOLDS = 15  # tried on every axis, when questions are made from a set of regions
+MOST = 0.9  # of the regions may be left on either side of a question
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Trie:
 def _reach(regions: Regions) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """[E, n]: the least and the greatest value of every observation in every region, rounded outward."""
     generators, _ = regions.generators()
-    reach = np.nextafter(np.abs(generators).sum(axis=2) * (1 + 1e-12), np.inf)
+    reach = np.nextafter(swing(generators, regions.ball) * (1 + 1e-12), np.inf)
     return np.nextafter(regions.center - reach, -np.inf), np.nextafter(regions.center + reach, np.inf)
 
 
@@ -154,7 +156,11 @@ def _division(
     context: Sequence[int],
     leaf: int,
 ) -> tuple[int, float] | None:
-    """The question (axis, threshold) that leaves the fewest regions on its fuller side; None if none helps."""
+    """The question (axis, threshold) after which the fewest regions are left to test; None if none pays.
+
+    Observations are thought to be where the regions' centers are. All is counted in whole numbers, so that the order of
+    the regions changes nothing.
+    """
     count = len(center)
     if count <= leaf:
         return None
@@ -162,11 +168,16 @@ def _division(
         values = np.unique(np.round(center[:, axis]))
         if len(values) > 1:
             return axis, float(values[len(values) // 2] - 0.5)
-    threshold = np.median(center, axis=0)
-    fuller: NDArray[np.int64] = np.maximum((low < threshold).sum(axis=0), (high >= threshold).sum(axis=0))
-    axis = int(np.argmin(fuller))
-    # a side that keeps nearly all of them would only lengthen the walk
-    return (axis, float(threshold[axis])) if fuller[axis] <= 0.9 * count else None
+    ends = np.sort(np.concatenate([low, high]), axis=0)  # between two of them, no other threshold does better
+    threshold = ends[np.linspace(0, 2 * count - 1, THRESHOLDS + 2).astype(int)[1:-1]]
+    below = (center < threshold[:, None]).sum(axis=1)
+    lower: NDArray[np.int64] = (low < threshold[:, None]).sum(axis=1)
+    upper: NDArray[np.int64] = (high >= threshold[:, None]).sum(axis=1)
+    left = lower * below + upper * (count - below)
+    # a side that keeps nearly all of them would only lengthen the walk, and the lists
+    left[np.maximum(lower, upper) > MOST * count] = count * count
+    k, axis = divmod(int(np.argmin(left)), left.shape[1])
+    return (axis, float(threshold[k, axis])) if left[k, axis] < count * count else None
 
 
 class Splitter:

@@ -10,12 +10,14 @@ from typing import NoReturn
 
 from . import exits
 
-NODES = ("controller", "simulator")
+NODES = ("controller", "learner", "simulator")
 
 
 def main(name: str) -> NoReturn:
     """Run the node and end the process with its exit code."""
     exits.install()
+    if name == "learner":  # it shall not take every core, and libraries read this when they are loaded
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     code: int = import_module(f"laws_ros.nodes.{name}").main()
     gc.collect()  # what DDS still holds, down to its shared memory
     # Taking the interpreter down as well would cost hundreds of milliseconds (seconds on a busy machine), and signals

@@ -6,44 +6,57 @@ Topics, relative to the node's namespace; the binding (core/observation.py) name
     ~/decision (std_msgs/Float64MultiArray) out: every command with its source, bound and observation, see `columns`
     ~/heartbeat (std_msgs/UInt64) out: commands so far, from the control thread, heartbeat_hz times a second
     /diagnostics (diagnostic_msgs/DiagnosticArray) out, once a second
+    laws/intervention in, of the commands' type: an operator's commands. While they come, they count and not the answers
+    (within the limits), and where that happens the library does not answer any more; an empty one hands back.
 Services: ~/estop (std_srvs/Trigger) latches the emergency stop, in any state; ~/estop_reset releases it.
 
-This thread serves parameters, services and diagnostics; the loop runs on its own (control.py).
+This thread serves parameters, services and diagnostics; the loop runs on its own (control.py), and what is read from
+and written to files while it runs on a third (upkeep.py).
 """
 
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import rclpy.lifecycle
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
-from rclpy.exceptions import NameValidationException
-from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from std_msgs.msg import Float64MultiArray, UInt64
 from std_srvs.srv import Trigger
 
 from laws_ros.core.card import Card
-from laws_ros.core.errors import ConfigError, LawsError
+from laws_ros.core.errors import ConfigError
 from laws_ros.core.observation import TRAJECTORY, Binding
-from laws_ros.core.safety import REACTIONS, SOURCES, Budget, Rules
+from laws_ros.core.safety import ON_SILENCE, POLICY, REACTIONS, RESUME, SOURCES, Budget, Rules
+from laws_ros.runtime import takeovers
 from laws_ros.runtime.cached_policy import CachedPolicy, check_tolerance
-from laws_ros.runtime.files import resolve
+from laws_ros.runtime.quarantine import Quarantine
 
-from .control import ControlThread, lock_memory
+from . import notify
+from .control import ControlThread, Input, lock_memory
 from .loop import ControlLoop, Step
-from .ros import COMMAND_QOS, RECORD_QOS, Declared, binding_of, declare, labelled, message_class, run, set_data, values
+from .ros import (
+    COMMAND_QOS,
+    OPERATOR_QOS,
+    RECORD_QOS,
+    Declared,
+    Managed,
+    binding_of,
+    labelled,
+    message_class,
+    run,
+    set_data,
+)
+from .upkeep import Upkeep, open_cached, state_folder
 
 _REACTION = f"{', '.join(REACTIONS[:-1])} or {REACTIONS[-1]}"
 PARAMETERS = (
     Declared("policy", "", "the policy's ONNX file, its card beside it; relative to the working folder or the package"),
-    Declared("library", "", "the certified library that was built for this policy"),
+    Declared("library", "", "the certified library that was built for this policy; a snapshot in `state` is preferred"),
+    Declared("state", "", "folder shared with a learner and `laws library`, one per namespace; empty: nothing is kept"),
     Declared("binding", "", "YAML file: which message fields the policy's observations and actions are"),
     Declared("controller_name", "", "without a binding: commands go to <controller_name>/commands, fields by the card"),
     Declared("tolerance", Parameter.Type.DOUBLE_ARRAY, "largest error of each action, its unit; empty: the library's"),
@@ -59,6 +72,8 @@ PARAMETERS = (
     Declared("max_delay_s", 0.0, "observations this much older than the fastest are refused [s]; 0: off", 0.0, 60.0),
     Declared("on_limit", "hold", f"when an observation is beyond the binding's limits: {_REACTION}"),
     Declared("on_estop", "zero", f"while the emergency stop is latched: {_REACTION}"),
+    Declared("on_silence", "hold", f"an operator falls silent without handing back: {_REACTION}; or policy: go on"),
+    Declared("silence_timeout_s", 0.5, "what is silence [s]", 0.01, 60.0),
     Declared("ramp_down_s", 0.5, "how long ramp_down takes to the safe pose [s]", 0.0, 60.0),
     Declared("heartbeat_hz", 10.0, "rate of ~/heartbeat [Hz]", 0.1, 1e3),
     Declared("realtime.priority", 0, "SCHED_FIFO priority of the control thread; 0: normal scheduling", 0, 99),
@@ -67,7 +82,8 @@ PARAMETERS = (
     Declared("autostart", False, "configure and activate at once, and exit with code 2 if that is refused"),
 )
 LIVE = ("tolerance",)
-COUNTERS = ("hits", "misses", "deadline_misses", "rejected", "budget_refusals", "handovers")
+COUNTERS = ("hits", "misses", "deadline_misses", "rejected", "budget_refusals", "handovers", "quarantined", "updates")
+INTERVENTION = "laws/intervention"
 SETTLE_S = 0.5  # a publisher that has just gone may be listed this long
 
 
@@ -79,7 +95,7 @@ def columns(card: Card, binding: Binding) -> list[str]:
     whose row has no answer: NaN; lookup_us, policy_us (0 on a hit), latency_us: message in to command out;
     deadline_misses: so far; budget: the fullest level over its capacity; then of each action its value, certified
     bound and tolerance, in its unit (a decision: the index and a bound of 0); the command as published; the
-    observation that was answered.
+    observation that was answered; library: the first 12 digits of its digest, as a number.
     """
     continuous = card.decision == "none"
     actions = [c.name for c in card.actions] if continuous else [card.decision]
@@ -89,22 +105,24 @@ def columns(card: Card, binding: Binding) -> list[str]:
         *(f"{kind}:{name}" for kind in kinds for name in actions),
         *(f"command:{e.name}" for e in binding.action),
         *(f"observation:{c.name}" for c in card.observations),
+        "library",
     ]
 
 
-class Controller(rclpy.lifecycle.LifecycleNode):
+class Controller(Managed):
     """See the module's docstring and PARAMETERS."""
 
     def __init__(self) -> None:
-        super().__init__("controller")
-        declare(self, PARAMETERS)
+        super().__init__("controller", PARAMETERS)
         self.add_on_set_parameters_callback(self._on_set_parameters)
-        self.exit_code = 0
         self._cached: CachedPolicy | None = None
         self._loop: ControlLoop | None = None
         self._control: ControlThread | None = None
+        self._upkeep: Upkeep | None = None
+        self._quarantine: tuple[str, Quarantine] | None = None  # with the card's digest; it outlives deactivation, too
         self._stopped = ""  # the emergency stop outlives deactivation
         self._rivals = 0  # diagnoses in a row that saw another publisher of commands
+        self._turns = -1  # of the control thread at the last diagnosis
         self._seen: dict[str, int] = {}  # the loop's counters at the last diagnosis
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._heartbeat = self.create_publisher(UInt64, "~/heartbeat", 10)
@@ -113,45 +131,21 @@ class Controller(rclpy.lifecycle.LifecycleNode):
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(1.0, self._diagnose, clock=self._steady)
 
-    def start(self) -> bool:
-        success = TransitionCallbackReturn.SUCCESS
-        if self.get_parameter("autostart").value and (
-            self.trigger_configure() != success or self.trigger_activate() != success
-        ):
-            self.exit_code = 2 if rclpy.ok() else 0  # a signal may have come meanwhile
-            return False
-        return True
-
     def stop(self) -> None:
         if self._control is not None:
             self._control.stop()
-            self._control = self._loop = None
+            if self._upkeep is not None:
+                self._upkeep.stop()
+            if self._loop is not None:
+                self._cached = self._loop.cached
+                self._quarantine = self._cached.card.digest, self._loop.quarantine
+            self._control = self._loop = self._upkeep = None
             self.destroy_publisher(self._commands)
 
     # ------------------------------------------------------------------------------------------- lifecycle
 
-    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self._transition("configured", lambda: self._configure(values(self, PARAMETERS)), state)
-
-    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self._transition("activated", self._activate, state)
-
-    def _transition(self, done: str, do: Callable[[], None], state: LifecycleState) -> TransitionCallbackReturn:
-        try:
-            do()
-        except (LawsError, NameValidationException) as error:
-            if done == "configured":
-                self._release()
-            self.get_logger().error(f"not {done}: {' '.join(str(error).split())}")
-            return TransitionCallbackReturn.FAILURE
-        except Exception:
-            if rclpy.ok():
-                self.get_logger().fatal(traceback.format_exc())  # rclpy would swallow it
-            raise
-        return super().on_configure(state) if done == "configured" else super().on_activate(state)
-
-    def _configure(self, p: dict[str, Any]) -> None:
-        for name in ("policy", "library"):
+    def configure(self, p: dict[str, Any]) -> None:
+        for name in ("policy", "library") if not p["state"] else ("policy",):
             if not p[name]:
                 raise ConfigError(f"node {self.get_fully_qualified_name()}: parameter {name!r} is not set")
         period_ns = round(1e9 / p["rate_hz"])
@@ -163,16 +157,16 @@ class Controller(rclpy.lifecycle.LifecycleNode):
             p["on_limit"],
             p["on_estop"],
             round(p["ramp_down_s"] * 1e9),
+            p["on_silence"],
+            round(p["silence_timeout_s"] * 1e9),
         )
-        cached = CachedPolicy.open(
-            resolve(p["library"]),
-            resolve(p["policy"]),
-            tolerance=list(p["tolerance"]) or None,
-            kinds=list(p["certificates.kinds"]) or None,
-        )
+        self._folder = state_folder(self, p["state"])
+        cached = open_cached(p, self._folder, self.get_logger())
         card = cached.card
-        reactions = [rules.reaction(cause) for cause in list(SOURCES)[1:]]
-        if card.decision != "none" and set(reactions) != {"hold"}:
+        if self._folder is not None:
+            takeovers.read(self._folder, card)  # refused now, not when activating
+        reactions = [rules.reaction(cause) for cause in SOURCES if ON_SILENCE <= cause < POLICY]
+        if card.decision != "none" and not set(reactions) <= {"hold", RESUME}:
             raise ConfigError(f"the reactions {', '.join(reactions)}: a {card.decision} policy can only 'hold'")
         binding = binding_of(self, p, card, cached.policy.sha256)
         self._command = message_class(binding.commands_type)()
@@ -197,7 +191,7 @@ class Controller(rclpy.lifecycle.LifecycleNode):
             return None
         return Budget(capacity, drain, len(cached.tolerance), time.monotonic_ns())
 
-    def _activate(self) -> None:
+    def activate(self) -> None:
         p, cached, binding = self._values, self._cached, self._binding
         assert cached is not None
         until = time.monotonic() + SETTLE_S
@@ -208,6 +202,7 @@ class Controller(rclpy.lifecycle.LifecycleNode):
                     f"{topic}: {rivals} other publisher(s) command it already; two controllers on one topic would fight"
                 )
             time.sleep(0.05)
+        quarantine = self._quarantine_for(cached)
         self._commands = self.create_publisher(type(self._command), binding.commands, COMMAND_QOS)
         self._rivals = 0
         self._loop = ControlLoop(
@@ -220,7 +215,10 @@ class Controller(rclpy.lifecycle.LifecycleNode):
             round(p["freeze_timeout_s"] * 1e9),
             round(p["max_delay_s"] * 1e9),
             self._new_budget(p, cached),
+            quarantine,
+            lambda correction: upkeep.corrected(correction),
         )
+        self._upkeep = upkeep = Upkeep(self, self._loop, self._folder)
         if self._stopped:
             self._loop.estop(self._stopped)
         if p["realtime.lock_memory"] and (warning := lock_memory()):
@@ -229,33 +227,32 @@ class Controller(rclpy.lifecycle.LifecycleNode):
         self._control = ControlThread(
             self,
             self._loop,
-            {t.name: t.type for t in topics},
+            [
+                Input(INTERVENTION, binding.commands_type, self._loop.operate, OPERATOR_QOS),
+                *(Input(t.name, t.type, self._loop.step) for t in topics),
+            ],
             self._beat,
             1.0 / p["heartbeat_hz"],
             p["realtime.priority"],
             tuple(p["realtime.cpus"]),
         )
         self._seen = {}
+        upkeep.start()
         self._control.start()
 
-    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self.stop()
-        return super().on_deactivate(state)
+    def _quarantine_for(self, cached: CachedPolicy) -> Quarantine:
+        """What was corrected and not released, for a library that begins to answer."""
+        inputs = len(cached.card.observations)
+        if self._folder is not None:
+            return takeovers.quarantine_of(takeovers.read(self._folder, cached.card), inputs, cached.library)
+        digest, kept = self._quarantine or (cached.card.digest, Quarantine(inputs))
+        if digest == cached.card.digest:
+            return Quarantine(inputs, kept.points, kept.volumes, cached.library)
+        if len(kept.points):
+            self.get_logger().error("what was corrected under another card is forgotten: set 'state' to keep it")
+        return Quarantine(inputs, library=cached.library)
 
-    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._release()
-        return super().on_cleanup(state)
-
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._release()
-        return super().on_shutdown(state)
-
-    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._release()
-        return super().on_error(state)
-
-    def _release(self) -> None:
-        """Back to unconfigured, from wherever."""
+    def release(self) -> None:
         self.stop()
         if self._cached is not None:
             self._cached = None
@@ -311,10 +308,10 @@ class Controller(rclpy.lifecycle.LifecycleNode):
         self._commands.publish(self._command)
 
     def _record(self, step: Step) -> None:
-        loop, cached, answer = self._loop, self._cached, step.answer
-        if loop is None or cached is None:
+        loop, answer = self._loop, step.answer
+        if loop is None:
             return
-        budget = loop.budget
+        cached, budget = loop.cached, loop.budget
         level = float((budget.level / np.maximum(budget.capacity, 1e-300)).max()) if budget is not None else 0.0
         row = [loop.hits + loop.misses, step.time_ns / 1e9, step.stamp_s, step.source]
         row += [step.lookup_us, step.policy_us, step.latency_us, loop.deadline_misses, level]
@@ -324,6 +321,7 @@ class Controller(rclpy.lifecycle.LifecycleNode):
             row += [*answer.action.tolist(), *answer.bound.tolist()]
         row += [*cached.tolerance.tolist(), *step.command]
         row += step.observation.tolist() if step.observation is not None else [np.nan] * len(cached.card.observations)
+        row.append(loop.number)
         self._decisions.publish(set_data(self._decision, row))
 
     def _beat(self) -> None:
@@ -335,8 +333,13 @@ class Controller(rclpy.lifecycle.LifecycleNode):
 
     def _diagnose(self) -> None:
         """Once a second, diagnostics, and a warning line for what went wrong since."""
-        loop, control, lines = self._loop, self._control, []
+        loop, lines, turns = self._loop, list[str](), -1 if self._control is None else self._control.turns
+        if turns != self._turns or self._control is None:
+            notify.tell(notify.ALIVE)
+        self._turns = turns
         facts: dict[str, Any] = {"state": "unconfigured"}
+        if loop is not None:
+            self._cached = loop.cached
         if self._cached is not None:
             facts = {
                 "state": "inactive",
@@ -346,7 +349,7 @@ class Controller(rclpy.lifecycle.LifecycleNode):
                 "tolerance": self._cached.tolerance.tolist(),
             }
         facts["estop"] = self._stopped or "no"
-        if loop is not None and control is not None:
+        if loop is not None:
             counts = {name: getattr(loop, name) for name in COUNTERS}
             counts |= {f"on_{SOURCES[cause]}": count for cause, count in loop.governor.counts.items()}
             answered = counts["hits"] + counts["misses"]
@@ -354,12 +357,14 @@ class Controller(rclpy.lifecycle.LifecycleNode):
             named = (("hit_us", loop.hit_us), ("policy_us", loop.policy_us), ("latency_us", loop.latency_us))
             for name, recent in (*named, ("bound_over_tolerance", loop.margin)):
                 facts[f"{name}_p50"], facts[f"{name}_p99"] = recent.percentiles(50, 99)
+            facts["operator"] = loop.operator
+            facts["quarantine_regions"] = loop.quarantine.count
             facts["handover_bound_max"] = loop.handover_bound.tolist()
             if loop.budget is not None:
                 facts["budget_level"] = loop.budget.level.tolist()
             new = {name: counts[name] - self._seen.get(name, 0) for name in counts}
             self._seen = counts
-            lines = self._complaints(loop, control, new)
+            lines = self._complaints(loop, new)
         else:
             self._rivals = 0  # it no longer commands
         if self._stopped:
@@ -384,20 +389,25 @@ class Controller(rclpy.lifecycle.LifecycleNode):
             self.get_logger().error(f"{lines[-1]}; this one stops commanding")
             self.trigger_deactivate()
 
-    def _complaints(self, loop: ControlLoop, control: ControlThread, new: dict[str, int]) -> list[str]:
+    def _complaints(self, loop: ControlLoop, new: dict[str, int]) -> list[str]:
         """What went wrong since the last diagnosis, each also a line in the log."""
         lines = []
+        topics = ", ".join(sorted(self.resolve_topic_name(topic.name) for topic in self._binding.topics))
         silent_s = (time.monotonic_ns() - loop.governor.observed_ns) / 1e9
         if new["rejected"]:
-            lines.append(f"{control.topics}: {new['rejected']} messages rejected, the latest: {loop.rejection}")
+            lines.append(f"{topics}: {new['rejected']} messages rejected, the latest: {loop.rejection}")
         if silent_s > self._values["observation_timeout_s"]:
-            lines.append(f"{control.topics}: no usable message for {silent_s:.3g} s")
+            lines.append(f"{topics}: no usable message for {silent_s:.3g} s")
         if new["deadline_misses"]:
             lines.append(f"{new['deadline_misses']} answers later than {self._deadline_ns / 1e6:g} ms")
         if new["on_limit"]:
             lines.append(f"{loop.beyond}: {self._rules.on_limit}")
         if new["budget_refusals"]:
             lines.append(f"error budget full: {new['budget_refusals']} answers left to the policy")
+        if loop.operator != "no":
+            lines.append(f"the operator is {loop.operator}")
+        if new["quarantined"]:
+            lines.append(f"{new['quarantined']} answers left to the policy: an operator corrected there")
         topic = self.resolve_topic_name(self._binding.commands)
         rivals = self.count_publishers(topic) - 1
         self._rivals = self._rivals + 1 if rivals > 0 else 0

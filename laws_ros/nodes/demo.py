@@ -30,7 +30,7 @@ from laws_ros.core.safety import POLICY
 from laws_ros.runtime.cached_policy import CachedPolicy
 from laws_ros.runtime.files import resolve, share_path
 
-from .processes import START_TIMEOUT_S, Child, live_view
+from .processes import START_TIMEOUT_S, Child, live_view, private_domain
 from .ros import RECORD_QOS, columns_of
 
 DECISION, EPISODE = "controller/decision", "simulator/episode"
@@ -77,7 +77,7 @@ def run(
     before = signal.signal(signal.SIGINT, interrupt)
     with tempfile.TemporaryDirectory(prefix="laws_demo_") as logs:
         # A domain of its own: robots and other demonstrations on the network neither see nor disturb this one.
-        os.environ |= {"ROS_DOMAIN_ID": str(1 + os.getpid() % 100), "ROS_LOG_DIR": logs}
+        os.environ |= {"ROS_DOMAIN_ID": private_domain(), "ROS_LOG_DIR": logs}
         os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
         if os.environ.get("ROS_DISTRO") == "humble":
             os.environ["ROS_LOCALHOST_ONLY"] = "1"

@@ -28,6 +28,11 @@ def ending() -> None:
     _state = _ENDING
 
 
+def told() -> bool:
+    """Whether the process is on its way out; before `ending` was called, that a signal has come."""
+    return _state == _ENDING
+
+
 def _handle(number: int, frame: Any) -> None:
     if _state == _EARLY:
         os._exit(0)

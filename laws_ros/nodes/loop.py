@@ -2,12 +2,14 @@
 
 A step, once the observation is complete:
 1. one that cannot be read, lies outside the card's ranges or is no news is counted, and no command comes of it;
-2. beyond the robot's own limits, or while the emergency stop is latched, the configured reaction is published;
-3. where the library answers and the error budget has room, its action is published;
-4. otherwise the full policy is asked, on its worker; if it is late, the reaction to that is published.
+2. while the emergency stop is latched, the configured reaction is published;
+3. while an operator is in command, what they command is, within the limits, and the observation is in quarantine;
+4. beyond the robot's own limits, the configured reaction is published;
+5. where the library answers, outside the quarantine, and the error budget has room, its action is published;
+6. otherwise the full policy is asked, on its worker; if it is late, the reaction to that is published.
 
-The caller gives a thread: it calls `step` for every message and `tick` when `due_ns` has come. `estop`, `reset` and
-`retune` may be called from any other one.
+The caller gives a thread: it calls `step` and `operate` for every message and `tick` when `due_ns` has come. `estop`,
+`reset`, `retune` and `renew` may be called from any other one.
 """
 
 from __future__ import annotations
@@ -22,9 +24,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laws_ros.core.errors import ObservationError
+from laws_ros.core.library import Library
 from laws_ros.core.observation import Assembler, Binding
-from laws_ros.core.safety import NEVER_NS, ON_DEADLINE, ON_ESTOP, ON_LIMIT, POLICY, Budget, Freshness, Governor, Rules
+from laws_ros.core.safety import (
+    NEVER_NS,
+    ON_DEADLINE,
+    ON_ESTOP,
+    ON_LIMIT,
+    ON_SILENCE,
+    OPERATOR,
+    POLICY,
+    Budget,
+    Freshness,
+    Governor,
+    Rules,
+)
 from laws_ros.runtime.cached_policy import Answer, CachedPolicy
+from laws_ros.runtime.quarantine import Quarantine
+from laws_ros.runtime.takeovers import Correction
 
 GC_PERIOD_NS = 1_000_000_000
 # Between two steps other work takes the processor's caches: a lookup then costs ten times what it does in a row. So the
@@ -44,6 +61,24 @@ class Step(NamedTuple):
     lookup_us: float
     policy_us: float  # on the worker, 0 on a hit
     latency_us: float  # from the arrival of the message until the command was published, 0 without a message
+
+
+class Update(NamedTuple):
+    """What a loop is to answer from, from its next step on.
+
+    Attributes:
+        quarantine: made for this library from everything that was corrected so far.
+        corrections: how many of this loop's own steps of takeovers that includes (`ControlLoop.corrections`).
+    """
+
+    cached: CachedPolicy
+    quarantine: Quarantine
+    corrections: int
+
+
+def number_of(library: Library) -> float:
+    """The first 12 digits of a library's digest as a number, so that a row of numbers can name its library."""
+    return float(int(library.digest[:12], 16))
 
 
 class Recent:
@@ -142,6 +177,13 @@ class ControlLoop:
         deadline_ns: a command later than this after its message's arrival is a missed deadline.
         freeze_ns, delay_ns: see core.safety.Freshness.
         budget: of certified error; None: unlimited.
+        quarantine: where the library does not answer; made for it.
+        corrected: is given every step of a takeover, and None when the operator has let go.
+
+    Attributes:
+        cached: what it answers from now.
+        number: of its library, see `number_of`.
+        corrections: steps of takeovers so far.
     """
 
     def __init__(
@@ -155,14 +197,20 @@ class ControlLoop:
         freeze_ns: int = 0,
         delay_ns: int = 0,
         budget: Budget | None = None,
+        quarantine: Quarantine | None = None,
+        corrected: Callable[[Correction | None], None] = lambda correction: None,
     ) -> None:
-        self._cached, self._binding, self._publish, self._record = cached, binding, publish, record
+        self.cached, self._binding, self._publish, self._record = cached, binding, publish, record
+        self.quarantine = quarantine or Quarantine(len(cached.card.observations), library=cached.library)
+        self._corrected, self.corrections = corrected, 0
+        self._operated: list[float] | None = None  # the operator's newest action, while one is in command
+        self._update: Update | None = None  # to be used from the next step on
         self._deadline_ns, self.budget = deadline_ns, budget
         self.assembler = Assembler(binding, cached.card)
         self._fresh = Freshness(rules.observation_timeout_ns, freeze_ns, delay_ns)
         self.governor = Governor(binding.limits, rules, time.monotonic_ns())
         self._worker: Worker | None = None
-        self._tolerance: list[float] | None = None  # to be used from the next step on
+        self._tolerance: list[float] | None = None  # likewise
         self._collected_ns = self._arrived_ns = 0
         self._warm_ns = NEVER_NS  # when the next observation is almost there
         self._observation: NDArray[np.float32] | None = None
@@ -170,13 +218,15 @@ class ControlLoop:
         self._bound = np.zeros(len(binding.action))  # of the last answer
         self._region = POLICY
         self.hits = self.misses = self.deadline_misses = self.rejected = self.budget_refusals = self.handovers = 0
+        self.quarantined = self.updates = self.dropped_updates = 0
+        self.number = number_of(cached.library)
         self.rejection = ""  # why the latest rejected message was rejected
         self.beyond = ""  # which limit of the robot was exceeded last
         self.handover_bound = np.zeros(len(binding.action))
         self.hit_us, self.policy_us, self.latency_us, self.margin = Recent(), Recent(), Recent(), Recent()
 
     def start(self) -> None:
-        self._worker = Worker(self._cached.fallback)
+        self._worker = Worker(lambda observation: self.cached.fallback(observation))
         # Garbage is collected right after a step, when the next is a period away (see `_collect`), not wherever an
         # allocation falls; what was there before is left alone, which keeps it short.
         gc.collect()
@@ -188,6 +238,8 @@ class ControlLoop:
         gc.unfreeze()
         if self._worker is not None:
             self._worker.stop()
+        self.governor.hand_back()
+        self._let_go()
 
     # ------------------------------------------------------------------------------------------- from any thread
 
@@ -204,6 +256,13 @@ class ControlLoop:
         """Answer within other tolerances [m] from the next step on."""
         self._tolerance = tolerance
 
+    def renew(self, update: Update) -> None:
+        """Answer from another library from the next step on, or within another quarantine.
+
+        It is dropped if anything was corrected since it was made: then it does not know of that.
+        """
+        self._update = update
+
     # ------------------------------------------------------------------------------------------- control thread
 
     def due_ns(self) -> int:
@@ -215,14 +274,29 @@ class ControlLoop:
         now_ns = time.monotonic_ns()
         if now_ns >= self._warm_ns and self._observation is not None:
             self._warm_ns = NEVER_NS
-            self._cached.lookup(self._observation)
+            self.cached.lookup(self._observation)
         if now_ns < self.governor.due_ns():
             return
         command = self.governor.tick(now_ns)
+        self._let_go()
         if command is not None:
             self._publish(command)
             self._record(Step(now_ns, 0.0, self.governor.cause, None, None, command, 0.0, 0.0, 0.0))
             self._collect(now_ns)
+
+    def operate(self, topic: str, message: Any) -> None:
+        """Take one message of an operator: a command, or an empty one, which hands back."""
+        try:
+            if self._binding.is_empty(message):
+                self.governor.hand_back()
+                self._let_go()
+                return
+            action = self._binding.read_action(message).tolist()
+            self.governor.take_over(self._binding.command(action), time.monotonic_ns())
+            self._operated = action
+        except ObservationError as error:
+            self.rejection = f"{topic}: {error}"
+            self.rejected += 1
 
     def step(self, topic: str, message: Any) -> None:
         """Take one message; if it completes an observation, answer it at once."""
@@ -239,13 +313,15 @@ class ControlLoop:
             interval_ns, self._arrived_ns = arrived_ns - self._arrived_ns, arrived_ns
             regular = 2 * WARM_NS < interval_ns < 2 * self._period_ns
             self._observation, self._warm_ns = observation, arrived_ns + interval_ns - WARM_NS if regular else NEVER_NS
-            source, answer, lookup_us, policy_us = self._decide(observation, arrived_ns)
-            if answer is None:
-                governor.observed_ns = arrived_ns
-                command = governor.react(source, time.monotonic_ns())
-            else:
-                command = governor.answer(self._binding.command(answer.action.tolist()), time.monotonic_ns())
-                governor.observed_ns = arrived_ns
+            source, answer, lookup_us, policy_us = POLICY, None, 0.0, 0.0
+            command = governor.operate(arrived_ns)
+            if command is None:
+                source, answer, lookup_us, policy_us = self._decide(observation, arrived_ns)
+                if answer is None:
+                    command = governor.react(source, time.monotonic_ns())
+                else:
+                    command = governor.answer(self._binding.command(answer.action.tolist()), time.monotonic_ns())
+            governor.observed_ns = arrived_ns
         except ObservationError as error:
             self.rejection = f"{topic}: {error}"
             self.rejected += 1
@@ -257,6 +333,11 @@ class ControlLoop:
         self.deadline_misses += published_ns - arrived_ns > self._deadline_ns or source == ON_DEADLINE
         if governor.cause != POLICY:  # the emergency stop may have come meanwhile
             source, answer = governor.cause, None
+            if source == OPERATOR and self._operated is not None:
+                self.corrections += 1
+                regions = self.quarantine.correct(observation)
+                self._corrected(Correction(published_ns, observation, self._operated, command, regions))
+        self._let_go()
         if answer is not None:
             self._count(answer, lookup_us, policy_us)
         self._record(
@@ -272,11 +353,16 @@ class ControlLoop:
         if beyond := self.assembler.beyond(observation):
             self.beyond = beyond
             return ON_LIMIT, None, 0.0, 0.0
+        if self._update is not None:
+            self._renew(self._update)
         if self._tolerance is not None:
-            self._cached.set_tolerance(self._tolerance)
+            self.cached.set_tolerance(self._tolerance)
             self._tolerance = None
         began_ns = time.monotonic_ns()
-        answer = self._cached.lookup(observation)
+        answer = self.cached.lookup(observation)
+        if answer is not None and self.quarantine.count and self.quarantine.covers(observation):
+            self.quarantined += 1
+            answer = None
         looked_ns = time.monotonic_ns()
         lookup_us = (looked_ns - began_ns) / 1e3
         if answer is not None and self.budget is not None and not self.budget.pay(answer.bound, looked_ns):
@@ -289,6 +375,29 @@ class ControlLoop:
             return ON_DEADLINE, None, lookup_us, 0.0
         return POLICY, found[0], lookup_us, found[1]
 
+    @property
+    def operator(self) -> str:
+        """Who is in command, for people."""
+        if self._operated is None:
+            return "no"
+        return "silent" if self.governor.cause == ON_SILENCE else "in command"
+
+    def _renew(self, update: Update) -> None:
+        self._update = None
+        if update.corrections == self.corrections:
+            update.cached.set_tolerance(self.cached.tolerance.tolist())
+            self.cached, self.quarantine = update.cached, update.quarantine
+            self.number = number_of(update.cached.library)
+            self.updates += 1
+        else:
+            self.dropped_updates += 1
+
+    def _let_go(self) -> None:
+        """Tell, once, that the operator is not in command any more."""
+        if self._operated is not None and self.governor.operator is None:
+            self._operated = None
+            self._corrected(None)
+
     def _count(self, answer: Answer, lookup_us: float, policy_us: float) -> None:
         if answer.region < 0:
             self.misses += 1
@@ -296,7 +405,7 @@ class ControlLoop:
         else:
             self.hits += 1
             self.hit_us.add(lookup_us)
-            if len(tolerance := self._cached.tolerance):
+            if len(tolerance := self.cached.tolerance):
                 self.margin.add(float((answer.bound / np.maximum(tolerance, 1e-300)).max()))
         if (answer.region < 0) != (self._region < 0) and self.hits + self.misses > 1:
             # Between two answers the command moves by what the policy itself moves, and at most both bounds more.

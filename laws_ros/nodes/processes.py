@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json as json_format
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,29 @@ from typing import Any, NoReturn, TextIO
 from laws_ros.core.errors import LawsError
 
 START_TIMEOUT_S = 30.0
+DOMAINS = range(1, 101)  # whose ports are free on every system
+_domain: tuple[str, int] | None = None
+
+
+def private_domain() -> str:
+    """A ROS_DOMAIN_ID that no other program of this package on this machine has, for as long as this process lives."""
+    global _domain
+    if _domain is None:
+        folder = Path(tempfile.gettempdir()) / f"laws_domains_{os.getuid()}"
+        folder.mkdir(exist_ok=True)
+        for k in range(len(DOMAINS)):
+            domain = DOMAINS[(os.getpid() + k) % len(DOMAINS)]
+            handle = os.open(folder / str(domain), os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(handle)
+                continue
+            _domain = str(domain), handle
+            break
+        else:
+            raise LawsError(f"{folder}: all ROS domains from {DOMAINS[0]} to {DOMAINS[-1]} are in use")
+    return _domain[0]
 
 
 class Child:

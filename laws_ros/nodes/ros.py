@@ -8,16 +8,19 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import rclpy
+import rclpy.lifecycle
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy._rclpy_pybind11 import RCLError
 from rclpy.exceptions import NameValidationException, ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.validate_topic_name import validate_topic_name
@@ -28,10 +31,14 @@ from laws_ros.core.errors import ConfigError, LawsError
 from laws_ros.core.observation import Binding
 from laws_ros.runtime.files import load_yaml, resolve
 
-from . import exits
+from . import exits, notify
 
 SENSOR_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 COMMAND_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+# Of many kinds of tools: matches any publisher, and keeps the order of a command and the empty one after it.
+OPERATOR_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
+# Never asks a publisher to wait or to send again.
+HEARD_QOS = QoSProfile(depth=1000, reliability=ReliabilityPolicy.BEST_EFFORT)
 RECORD_QOS = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
 
 
@@ -69,6 +76,78 @@ def values(node: Node, parameters: Sequence[Declared]) -> dict[str, Any]:
             raise ConfigError(f"node {node.get_fully_qualified_name()}: unknown parameter {name!r}; it knows {known}")
     found = node.get_parameters_by_prefix("")
     return {p.name: [] if found[p.name].value is None else found[p.name].value for p in parameters}
+
+
+class Managed(rclpy.lifecycle.LifecycleNode):
+    """A lifecycle node whose refusals are one line in its log, and with `autostart` its end, with exit code 2."""
+
+    def __init__(self, name: str, parameters: Sequence[Declared]) -> None:
+        super().__init__(name)
+        declare(self, parameters)
+        self.exit_code = 0
+        self._declared = parameters
+
+    @abstractmethod
+    def configure(self, p: dict[str, Any]) -> None:
+        """Get ready with these parameters, or raise a LawsError."""
+
+    @abstractmethod
+    def activate(self) -> None:
+        """Begin, or raise a LawsError."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End what `activate` has begun, if anything."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Back to unconfigured, from wherever."""
+
+    def start(self) -> bool:
+        """What `run` asks for: configure and activate at once, with `autostart`."""
+        success = TransitionCallbackReturn.SUCCESS
+        if self.get_parameter("autostart").value and (
+            self.trigger_configure() != success or self.trigger_activate() != success
+        ):
+            self.exit_code = 2 if rclpy.ok() else 0  # a signal may have come meanwhile
+            return False
+        return True
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("configured", lambda: self.configure(values(self, self._declared)), state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("activated", self.activate, state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.stop()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.release()
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.release()
+        return super().on_shutdown(state)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.release()
+        return super().on_error(state)
+
+    def _transition(self, done: str, do: Callable[[], None], state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            do()
+        except (LawsError, NameValidationException) as error:
+            if done == "configured":
+                self.release()
+            self.get_logger().error(f"not {done}: {' '.join(str(error).split())}")
+            return TransitionCallbackReturn.FAILURE
+        except Exception:
+            if rclpy.ok():
+                self.get_logger().fatal(traceback.format_exc())  # rclpy would swallow it
+            raise
+        return super().on_configure(state) if done == "configured" else super().on_activate(state)
 
 
 def binding_of(node: Node, p: dict[str, Any], card: Card, policy_sha256: str | None) -> Binding:
@@ -152,6 +231,7 @@ def run(make: Callable[[], Any]) -> int:
         if node.start():
             executor = SingleThreadedExecutor()
             executor.add_node(node)
+            notify.tell(notify.READY)
             executor.spin()
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
@@ -159,8 +239,12 @@ def run(make: Callable[[], Any]) -> int:
         if rclpy.ok() or not begun:  # otherwise a signal came while something was being made
             print("error:", " ".join(str(error).split()), file=sys.stderr)
             return 2
+    except Exception:
+        if not exits.told():  # compiled modules make an error of their own of an interrupt while they are imported
+            raise
     finally:
         exits.ending()
+        notify.tell(notify.STOPPING)
         if node is not None:
             node.stop()
             if executor is not None:

@@ -30,15 +30,17 @@ def run(
     simulate: bool = True,
     seconds: float = 0.0,
     record: str | None = None,
+    state: str | None = None,
     overrides: dict[str, dict[str, Any]] | None = None,
 ) -> int:
-    """Start a controller, and a simulator, for every namespace; when one process ends, so do all.
+    """Start a controller, a simulator and a learner for every namespace; when one ends, so do all, but for a learner.
 
     Args:
         robot: names config/ROBOT.yaml, or is the path of such a parameters file.
         simulate: without it the robots' own drivers publish the observations.
         seconds: of operation; 0: until interrupted.
         record: a new folder for a bag of all observations, commands, decisions and diagnostics.
+        state: the robots' folder of state; with it, there are learners.
         overrides: node -> parameters over those of the file.
 
     Returns:
@@ -64,19 +66,23 @@ def run(
     code = 0
     try:
         for k, namespace in enumerate(namespaces):
-            names = ["controller", "simulator"] if simulate else ["controller"]
+            names = ["controller", *(["simulator"] if simulate else []), *(["learner"] if state else [])]
             for name in names:
                 own = dict((overrides or {}).get(name, {}))
+                if state and name != "simulator":
+                    own["state"] = str(Path(state).absolute())
                 if name == "simulator" and k:
                     own["clock"] = False
                 children.append(Child(name, parameters, namespace=namespace, **own))
         end = time.monotonic() + seconds if seconds else float("inf")
         while time.monotonic() < end:
-            ended = [child for child in children if not child.running()]
-            if ended:
-                code = ended[0].process.returncode
-                print(f"laws up: the {ended[0].name} has ended with code {code}", file=sys.stderr)
-                break
+            for child in [child for child in children if not child.running()]:
+                code = child.process.returncode
+                print(f"laws up: the {child.name} has ended with code {code}", file=sys.stderr)
+                if child.name != "learner":
+                    return code
+                children.remove(child)  # the robot goes on without
+                code = 0
             if recorder is not None:
                 recorder.spin(0.1)
             else:
@@ -112,7 +118,8 @@ class Recording:
         for namespace in namespaces:
             prefix = f"/{namespace.strip('/')}/".replace("//", "/")
             topics |= {prefix + topic.name: topic.type for topic in binding.topics}
-            topics |= {prefix + binding.commands: binding.commands_type, prefix + "controller/decision": array}
+            topics |= {prefix + name: binding.commands_type for name in (binding.commands, "laws/intervention")}
+            topics[prefix + "controller/decision"] = array
             if simulate:
                 topics[prefix + "simulator/episode"] = array
         self._context = rclpy.Context()

@@ -11,6 +11,7 @@ order with fixed times (the same content gives the same bytes), and `manifest.js
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import laws_ros
+from laws_ros.core import durable
 from laws_ros.core.errors import LibraryError
 
 from .cached_policy import CachedPolicy, open_pair
@@ -60,14 +62,13 @@ def bundle(
         "files": listed,
     }
     out = Path(out)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in (("manifest.json", json.dumps(manifest, indent=2).encode()), *sorted(files.items())):
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
     try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            for name, data in (("manifest.json", json.dumps(manifest, indent=2).encode()), *sorted(files.items())):
-                archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
-        os.replace(temporary, out)
+        durable.write(out, content.getvalue())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise LibraryError(f"{out}: cannot be written: {error.strerror}") from None
     return manifest
 
@@ -123,10 +124,7 @@ def install(path: str | Path, folder: str | Path) -> Path:
             unpacked = Path(tempfile.mkdtemp(prefix=".new.", dir=release.parent))
             try:
                 for name, data in {**files, "manifest.json": json.dumps(manifest, indent=2).encode()}.items():
-                    with open(unpacked / name, "wb") as stream:
-                        stream.write(data)
-                        stream.flush()
-                        os.fsync(stream.fileno())
+                    durable.write(unpacked / name, data)
                 CachedPolicy.open(unpacked / "library.laws", unpacked / "policy.onnx")  # before anything switches
                 os.chmod(unpacked, 0o755)
                 os.rename(unpacked, release)
@@ -162,8 +160,4 @@ def _point(link: Path, target: str) -> None:
     new.unlink(missing_ok=True)
     os.symlink(target, new)
     os.replace(new, link)
-    handle = os.open(link.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    durable.synchronise(link.parent)

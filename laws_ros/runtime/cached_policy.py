@@ -61,15 +61,14 @@ class CachedPolicy:
         """
         self.library, self.policy, self.card = library, policy, policy.card
         self.tolerance = check_tolerance(library.tolerance if tolerance is None else tolerance, policy)
-        self._low = np.array([c.low for c in self.card.actions], np.float32)
-        self._high = np.array([c.high for c in self.card.actions], np.float32)
+        self._low, self._high = self.card.limits
         self._none = np.zeros(policy.actions if self.card.decision == "none" else 1)
         self.kinds = check_kinds(kinds or ())
         self.router = Router(library, self.tolerance, self.kinds)
         self._kind = [KINDS[code] for code in library.certificates.kind]
         self._experts, self._beyond = None, [False] * len(library)
         if self.card.decision == "none" and len(library):
-            self._experts, self._beyond = Experts(library.certificates, policy), self._may_leave_limits()
+            self._experts, self._beyond = Experts(library.certificates, policy, self.router), self._may_leave_limits()
 
     @classmethod
     def open(

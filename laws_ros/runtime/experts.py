@@ -21,6 +21,7 @@ from laws_ros.core.collapsed import Collapsed, States, multiply_out
 from laws_ros.core.network import Elementwise, Network
 
 from .policy import Policy
+from .routing import Router
 from .sessions import session
 
 Floats = NDArray[np.float32]
@@ -35,27 +36,28 @@ _OPERATORS |= {"gelu": "Gelu", "gelu_tanh": "Gelu", "mish": "Mish", "hardswish":
 class Experts:
     """Runs experts by their index in a library.
 
+    Args:
+        router: whose observation they will mostly be called with; affine ones read it where it is.
+
     Raises:
         LibraryError: a collapsed expert does not fit the policy. ModelError: the policy cannot be collapsed at all.
     """
 
-    def __init__(self, certificates: Certificates, policy: Policy) -> None:
+    def __init__(self, certificates: Certificates, policy: Policy, router: Router | None = None) -> None:
         folded = certificates.among(COLLAPSED)
         self._rows = certificates.expert_weight.shape[1]
-        self._affine = _Affine(certificates) if not folded.all() else None
+        self._affine = _Affine(certificates, router) if not folded.all() else None
         self._folded = _Folded(certificates, np.flatnonzero(folded), policy) if folded.any() else None
-        self._is_folded: list[bool] = folded.tolist()
+        self._runner = [self._folded if flag else self._affine for flag in folded]
 
     def __call__(self, region: int, observation: Floats) -> Floats:
         """The values [r] of expert `region` at observation [n]; the array is used again by the next call."""
-        runner = self._folded if self._is_folded[region] else self._affine
-        assert runner is not None
-        return runner(region, observation)
+        return self._runner[region](region, observation)  # type: ignore[misc]  # never None where an expert is
 
     def many(self, index: NDArray[np.intp], x: Floats) -> Floats:
         """Values [N, r] of expert index[k] at x[k], x [N, n]."""
         values = np.zeros((len(index), self._rows), np.float32)
-        folded = np.array(self._is_folded, dtype=bool)[index]
+        folded = np.array([runner is self._folded for runner in self._runner], dtype=bool)[index]
         for runner, here in ((self._affine, np.flatnonzero(~folded)), (self._folded, np.flatnonzero(folded))):
             if runner is not None and len(here):
                 values[here] = runner.many(index[here], x[here])
@@ -65,21 +67,24 @@ class Experts:
 class _Affine:
     """Experts weight @ (x, 1), gathered by index."""
 
-    def __init__(self, certificates: Certificates) -> None:
+    def __init__(self, certificates: Certificates, router: Router | None) -> None:
         _, rows, inputs = certificates.expert_weight.shape
+        extended = np.ones(inputs + 1, np.float32) if router is None else router.extended
+        self._observation = extended[:-1] if router is None else router.observation
         self.session = session(experts_model(certificates).SerializeToString(), "experts")
         self._index, self._value = np.zeros(1, np.int64), np.zeros(rows, np.float32)
-        self._observation = np.ones(inputs + 1, np.float32)
         self._binding = self.session.io_binding()
         # Bound to these very buffers: a query writes into them, and nothing is allocated per step.
         _bind(self._binding, "index", self._index, (1,))
-        _bind(self._binding, "observation", self._observation, (1, inputs + 1, 1))
+        _bind(self._binding, "observation", extended, (1, inputs + 1, 1))
         self._binding.bind_output("action", "cpu", 0, np.float32, (1, rows, 1), self._value.ctypes.data)
+        self._run = self.session.run_with_iobinding
 
     def __call__(self, region: int, observation: Floats) -> Floats:
         self._index[0] = region
-        self._observation[:-1] = observation
-        self.session.run_with_iobinding(self._binding)
+        if observation is not self._observation:
+            self._observation[:] = observation
+        self._run(self._binding)
         return self._value
 
     def many(self, index: NDArray[np.intp], x: Floats) -> Floats:

@@ -60,6 +60,28 @@ class Use(NamedTuple):
     last: float
 
 
+class News(NamedTuple):
+    """What came to a history since some row of its log.
+
+    Attributes:
+        experts: id, source and record of each, in the order of arrival.
+        misses: observations [N, n] that still wait to be learnt from.
+        last: number of the last row of the log.
+    """
+
+    experts: list[tuple[str, str, bytes]]
+    misses: NDArray[np.float32]
+    last: int
+
+
+class Moment(NamedTuple):
+    """Something that happened to an expert: when, in seconds since the epoch; "added", "retired" or "restored"."""
+
+    at: float
+    event: str
+    id: str
+
+
 class Recovered(NamedTuple):
     """What `recover` found intact."""
 
@@ -83,12 +105,14 @@ class History:
         precision: str = "float32",
         most_misses: int = 100_000,
         half_life_s: float = 7 * 86400.0,
+        alone: bool = True,
     ) -> None:
         """Open for writing; a new file if there is none.
 
         Args:
             tolerance: [m] action units, for a new file; an old one keeps its own.
             half_life_s: an answer so old counts half in `Use.recent`.
+            alone: False for a process beside the learner that only adds, retires and restores experts.
             most_misses: more that wait than this are dropped, oldest first, and counted in `dropped_misses`.
 
         Raises:
@@ -96,7 +120,7 @@ class History:
         """
         self.path, self.most_misses, self.dropped_misses = Path(path), most_misses, 0
         self.half_life_s = half_life_s
-        self._lock = self._locked()
+        self._lock = self._locked() if alone else None
         try:
             self._open(policy_sha256, card, list(tolerance), precision)
         except BaseException:
@@ -106,7 +130,8 @@ class History:
     def close(self) -> None:
         if hasattr(self, "_database"):
             self._database.close()
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def __enter__(self) -> History:
         return self
@@ -192,6 +217,27 @@ class History:
         y = np.array([pair[1] for pair in found], np.float32).reshape(-1, m)
         return x, y, rows[-1][0] if rows else 0
 
+    def known(self) -> set[str]:
+        """Ids of all experts that were ever added, retired ones too."""
+        with self._guarded():
+            return {key for (key,) in self._database.execute("SELECT key FROM log WHERE kind = 'X'")}
+
+    def news(self, after: int = 0) -> News:
+        """What was added behind row `after` of the log; misses that were learnt from meanwhile are not in it."""
+        experts, misses, last = [], [], after
+        n, m = len(self.card.observations), len(self.card.actions)
+        for kind in "XO":
+            for seq, payload in self._rows(
+                "SELECT seq, frame FROM log WHERE kind = ? AND seq > ? ORDER BY seq", (kind, after)
+            ):
+                last = max(last, seq)
+                if kind == "X":
+                    name, record = _expert(payload)
+                    experts.append((name, _headed(payload)[1]["source"], record))
+                else:
+                    misses.append(_miss(payload, n, m)[0])
+        return News(experts, np.array(misses, np.float32).reshape(-1, n), last)
+
     def retired(self) -> dict[str, str]:
         """Ids of the experts that are out of the library, and why."""
         state: dict[str, str] = {}
@@ -208,13 +254,17 @@ class History:
         with self._guarded():
             return {name: Use(*rest) for name, *rest in self._database.execute("SELECT * FROM uses")}
 
-    def experts(self) -> tuple[list[str], Certificates]:
-        """All experts that are not retired, by the order of their ids (not of their arrival)."""
+    def experts(self, retired: str | None = None) -> tuple[list[str], Certificates]:
+        """All experts that are not retired, by the order of their ids (not of their arrival).
+
+        Args:
+            retired: instead, those that were retired for this reason.
+        """
         out = self.retired()
         found = {}
         for _, payload in self._rows("SELECT seq, frame FROM log WHERE kind = 'X'"):
             name, record = _expert(payload)
-            if name not in out:
+            if out.get(name) == retired:
                 found[name] = record
         ids = sorted(found)
         certificates = unpack([found[name] for name in ids], len(self.card.observations), self._answers)
@@ -222,9 +272,13 @@ class History:
             raise LibraryError(f"{self.path}: an expert is not what its id says; {self._cure}")
         return ids, certificates
 
-    def library(self, notes: dict[str, Any] | None = None) -> Library:
-        """A snapshot of all that is not retired: a function of the set of experts, whatever order they came in."""
-        ids, certificates = self.experts()
+    def library(self, notes: dict[str, Any] | None = None, retired: str | None = None) -> Library:
+        """A snapshot of all that is not retired: a function of the set of experts, whatever order they came in.
+
+        Args:
+            retired: instead, of those that were retired for this reason.
+        """
+        ids, certificates = self.experts(retired)
         uses = self.uses()
         visits = np.array([uses[name].hits if name in uses else 0 for name in ids], np.int64)
         library = self._library(certificates, visits, notes or {})
@@ -337,13 +391,34 @@ def snapshot(path: str | Path) -> Library:
     Raises:
         LibraryError: no such file, another process writes to it, or it is damaged.
     """
-    path = Path(path)
+    with _existing(Path(path)) as history:
+        return history.library({"history": Path(path).name})
+
+
+def timeline(path: str | Path) -> list[Moment]:
+    """What happened to the experts of a history, in the log's order; a learner may be writing to it.
+
+    Raises:
+        LibraryError: no such file, or it is damaged.
+    """
+    moments = []
+    with _existing(Path(path), alone=False) as history:
+        for seq, payload in history._rows("SELECT seq, frame FROM log WHERE kind = 'X'"):
+            name, head = _headed(payload)
+            moments.append((seq, Moment(head["added"], "added", name)))
+        for seq, payload in history._rows("SELECT seq, frame FROM log WHERE kind = 'E'"):
+            event = json.loads(payload)
+            moments.append((seq, Moment(event["at"] / 1e9, event["event"], event["id"])))
+    return [moment for _, moment in sorted(moments)]
+
+
+def _existing(path: Path, alone: bool = True) -> History:
+    """A history that is there, for its own policy and card."""
     if not path.is_file():
         raise LibraryError(f"{path}: no such history")
     meta = _meta(path)
     card = Card.from_dict(meta["card"], f"{path}: card")
-    with History(path, meta["policy_sha256"], card, precision=meta["precision"]) as history:
-        return history.library({"history": path.name})
+    return History(path, meta["policy_sha256"], card, precision=meta["precision"], alone=alone)
 
 
 def _meta(path: Path) -> dict[str, Any]:
@@ -418,6 +493,12 @@ def _expert(payload: bytes) -> tuple[str, bytes]:
     """Id and record."""
     (length,) = struct.unpack_from("<I", payload, 16)
     return payload[:16].decode(), payload[20 + length :]
+
+
+def _headed(payload: bytes) -> tuple[str, dict[str, Any]]:
+    """Id of an expert, and what was written down about it: its source, and when it was added."""
+    (length,) = struct.unpack_from("<I", payload, 16)
+    return payload[:16].decode(), json.loads(payload[20 : 20 + length])
 
 
 def _miss(payload: bytes, n: int, m: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ class Policy:
             ModelError: missing, damaged, or not a float32 policy with one input and one output.
             CardError: the card does not fit the model, or says another decision.
         """
-        self.path = Path(path)
+        self.path, self._threads = Path(path), threads
         model = load_model(self.path)
         self.sha256 = sha256_file(self.path)
         self.session = session(str(self.path), str(self.path), threads)
@@ -95,11 +96,25 @@ class Policy:
     def decide(self, output: Floats) -> Floats:
         """Raw outputs [..., m] as actions: [..., m] within the card's limits, or the index [..., 1] of the best."""
         if self.card.decision == "none":
-            low = np.array([c.low for c in self.card.actions], np.float32)
-            high = np.array([c.high for c in self.card.actions], np.float32)
+            low, high = self.card.limits
             return np.minimum(np.maximum(output, low), high)
         best = output.argmax(-1) if self.card.decision == "argmax" else output.argmin(-1)
         return np.asarray(best, np.float32)[..., None]
+
+    def without_last_clip(self) -> Callable[[Floats], Floats]:
+        """Raw outputs [N, m] for observations [N, n], without the graph's last Clip; `batch` where that cannot be."""
+        model = load_model(self.path)
+        clips = [node for node in model.graph.node if node.op_type == "Clip"]
+        if not clips or self._batch_session is not self.session:
+            return self.batch
+        source, target = clips[-1].input[0], clips[-1].output[0]
+        model.graph.node.remove(clips[-1])
+        for node in model.graph.node:
+            node.input[:] = [source if name == target else name for name in node.input]
+        output = model.graph.output[0]
+        output.name = source if output.name == target else output.name
+        run = session(model.SerializeToString(), str(self.path), self._threads).run
+        return lambda x: np.asarray(run([output.name], {self._input: x.reshape(-1, *self.shape[1:])})[0])
 
     def _open_context(self, threads: int) -> ContextCache | None:
         """The graph cut in two where it encodes the card's context apart from the rest; None where it does not."""
