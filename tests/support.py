@@ -110,8 +110,9 @@ def random_regions(rng: np.random.Generator, count: int, inputs: int, radius: fl
     """Boxes, balls and cylinders in random axes with half-widths up to `radius`, some of them flat in some axis."""
     axes, _ = np.linalg.qr(rng.normal(size=(count, inputs, inputs)))
     widths = radius * rng.uniform(size=(count, inputs)) * (rng.random((count, inputs)) > 0.1)
+    centers = center * rng.normal(size=(count, inputs))
     round = rng.integers(inputs + 1, size=count) * (rng.random(count) < 0.5)
-    return Regions.from_axes(center * rng.normal(size=(count, inputs)), axes, widths, round)
+    return Regions.from_axes(centers, axes, widths, round)
 
 
 def break_certificates(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -240,11 +241,29 @@ def test_delivered_actions(tmp_path) -> None:
     assert beyond > 300  # or nothing was cut
 
 
+def test_of_a_round_region_the_largest_box_in_it_is_written(tmp_path) -> None:
+    rng = np.random.default_rng(3)
+    path = save_mlp(tmp_path / "p.onnx", random_mlp(rng, [3, 8, 2]))
+    axes = np.linalg.qr(rng.normal(size=(1, 3, 3)))[0]
+    regions = Regions.from_axes(rng.normal(size=(1, 3)), axes, np.array([[0.3, 0.2, 0.1]]), 2)
+    library = replace(library_of(path, regions), certificates=certify(load_network(path), regions))
+    network, text = export(library, path, 0, tmp_path)
+    assert "largest box in it" in text.read_text()
+    corners = 0.9995 * np.array(list(product((-1.0, 1.0), repeat=3)), np.float32)  # rounding does not throw them out
+    found = margins(network, corners)
+    factor = np.array([1.0, 1.001 * np.sqrt(2), 1.001 * np.sqrt(2)])
+    x = regions.center + np.linalg.solve(factor[:, None] * regions.transform[0], corners.T.astype(float)).T
+    inside, value, bound = library.certificates.at(np.zeros(8, int), x)
+    assert inside.all() and not regions.contains(regions.center + 1.01 * (x - regions.center)).any()
+    error = load_network(path)(x) - value
+    np.testing.assert_allclose(found, np.concatenate([error - bound, -error - bound], axis=1), atol=1e-4)
+    assert (found < 0).all()
+
+
 def test_what_vnnlib_cannot_say_is_refused(tmp_path) -> None:
     library = small(tmp_path, [3, 8, 2], 1, 0.3)
     c = library.certificates
     for name, value, match in (
-        ("round", np.array([2], np.int32), "it is round, and VNN-LIB has boxes only"),
         ("kind", np.array([kind_code("exact")], np.uint8), "only affine experts .* is of kind exact"),
         ("kind", np.array([kind_code("statistical")], np.uint8), "only affine experts .* is of kind statistical"),
     ):

@@ -266,8 +266,8 @@ class _Hunt:
 
     def _clamped(self, xi: Floats, index: NDArray[np.intp]) -> Floats:
         """Moved so far inside that rounding to float32 does not throw them out."""
-        most = np.maximum(self.most[index], 1e-300)
-        return most * clamped(xi / most, self.ball[index])
+        most = self.most[index]
+        return most * clamped(np.divide(xi, most, out=np.zeros_like(xi), where=most > 0.0), self.ball[index])
 
     def _along(self, index: NDArray[np.intp], slope: Floats) -> Floats:
         """The point of a box or ball of size 1 that is farthest along a slope."""

@@ -10,7 +10,8 @@ than what the certificate promises of float32 execution, whose rounding errors a
 good as the verifier's own arithmetic: Marabou, for one, does not see violations of about 1e-8.
 
 Where certificates are about delivered actions (core.certify), policy and expert are cut to the card's limits first,
-written with ReLUs: low + relu(x - low) - relu(x - high). Round regions have no VNN-LIB, which knows boxes.
+written with ReLUs: low + relu(x - low) - relu(x - high). VNN-LIB's constraints are linear: of a round region the
+largest box in it is written, over which the certificate promises the same.
 
 A verifier reads float32 constants; the certificate's are float64. So that rounding proves nothing false:
   - Where float32 is too short an affine map is split into two, `high + low`, good to 2^-48.
@@ -24,6 +25,8 @@ The property is thereby a little stronger than the certificate; a certificate le
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.compose import add_prefix
 
-from laws_ros.core.certificate import COLLAPSED, KINDS, decision_rows
+from laws_ros.core.certificate import COLLAPSED, KINDS, Certificates, decision_rows
 from laws_ros.core.errors import LibraryError
 from laws_ros.core.library import Library
 from laws_ros.runtime.files import sha256_file
@@ -57,8 +60,8 @@ def export(library: Library, policy_path: str | Path, region_index: int, out_dir
         The two paths, network first.
 
     Raises:
-        LawsError: no such region, another policy, a region that is round, an expert that is not affine, a certificate
-            that says nothing, or a folder that cannot be written.
+        LawsError: no such region, another policy, an expert that is not affine, a certificate that says nothing, or a
+            folder that cannot be written.
     """
     policy_path, out_dir = Path(policy_path), Path(out_dir)
     model = load_model(policy_path)
@@ -70,13 +73,9 @@ def export(library: Library, policy_path: str | Path, region_index: int, out_dir
         raise LibraryError(
             f"region {region}: only affine experts with a proof can be exported, and it is of kind {kind}"
         )
-    if library.certificates.round[region_index]:
-        raise LibraryError(
-            f"region {region}: it is round, and VNN-LIB has boxes only; `laws verify` checks it, and boxes are what "
-            "`laws build --kind lipschitz` and `--kind point` make"
-        )
-    name = f"{policy_path.stem}-{library.ids[region_index]}"
-    network, text = _difference(model, library, region_index), _property(library, region_index, name)
+    name, k = f"{policy_path.stem}-{region}", region_index
+    boxed = replace(library, certificates=_inscribed(library.certificates[k : k + 1]), visits=library.visits[k : k + 1])
+    network, text = _difference(model, boxed, region), _property(library, k, name)
     paths = [out_dir / f"{name}.onnx", out_dir / f"{name}.vnnlib"]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -87,11 +86,26 @@ def export(library: Library, policy_path: str | Path, region_index: int, out_dir
     return paths
 
 
-def _difference(model: onnx.ModelProto, library: Library, index: int) -> onnx.ModelProto:
-    """The policy's own graph between an affine map in front of it and affine maps beside and behind it."""
-    certificate = library.certificates[index : index + 1]
+def _inscribed(certificate: Certificates) -> Certificates:
+    """A certificate over the largest box in its region, with the same claim: a consequence of it."""
+    factor = np.where(certificate.regions.ball[0], 1.001 * math.sqrt(max(int(certificate.round[0]), 1)), 1.0)
+    return replace(
+        certificate,
+        transform=certificate.transform * factor[:, None],
+        bound_weight=certificate.bound_weight / factor,
+        round=np.zeros_like(certificate.round),
+    )
+
+
+def _difference(model: onnx.ModelProto, library: Library, region: str) -> onnx.ModelProto:
+    """The policy's own graph between an affine map in front of it and affine maps beside and behind it.
+
+    Args:
+        library: of the one certificate. region: its id, for messages.
+    """
+    certificate = library.certificates
     inputs, actions = certificate.center.shape[1], len(library.card.actions)
-    center, generators, weight, offset = _written(library, index)
+    center, generators, weight, offset = _written(certificate, region)
     expert_weight, expert_bias = certificate.expert_weight[0].astype(float), certificate.expert_bias[0].astype(float)
     rows = decision_rows(actions, library.card.decision)
 
@@ -173,9 +187,8 @@ def _difference(model: onnx.ModelProto, library: Library, index: int) -> onnx.Mo
     return model
 
 
-def _written(library: Library, index: int) -> tuple[Array, Array, Array, Array]:
+def _written(certificate: Certificates, region: str) -> tuple[Array, Array, Array, Array]:
     """Center [n], generators [n, n], bound's weight [r, n] and offset [r] as they are written (see above)."""
-    certificate = library.certificates[index : index + 1]
     generators, eps = certificate.regions.generators()
     center, weight, offset = certificate.center[0], certificate.bound_weight[0], certificate.bound_offset[0]
     with np.errstate(all="ignore"):
@@ -187,7 +200,7 @@ def _written(library: Library, index: int) -> tuple[Array, Array, Array, Array]:
         finite = all(np.isfinite(v.astype(np.float32)).all() for v in written)
     if not finite or not drift < 1e-4:
         raise LibraryError(
-            f"region {library.ids[index]}: its certificate says nothing that float32 constants can hold (an unknown "
+            f"region {region}: its certificate says nothing that float32 constants can hold (an unknown "
             "bound, or a region too flat); there is nothing to export"
         )
     return written
@@ -202,6 +215,7 @@ def _property(library: Library, index: int, name: str) -> str:
             f"; Network: {name}.onnx. X: coordinates in the region. Y_k = policy - expert - bound in row k,",
             f"; Y_(k + {rows}) = expert - policy - bound.",
             "; unsat: in the whole region abs(policy - expert) < bound, in real arithmetic.",
+            *(["; The region is round: this is the largest box in it."] if library.certificates.round[index] else []),
             "",
             *(f"(declare-const X_{k} Real)" for k in range(inputs)),
             *(f"(declare-const Y_{k} Real)" for k in outputs),

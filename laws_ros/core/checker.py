@@ -27,7 +27,6 @@ _STEPS = 48  # of the grid on which smooth functions are bounded
 _LEAN = 0.015  # of an interval: how far beyond its middle, towards where it is used, a line is best to touch
 _MORE = 1.0 + 1e-9
 _AFFINE = [KINDS.index(kind) for kind in ("linear", "point", "lipschitz")]  # an affine expert and an affine bound
-_Term = tuple[Array, Array, float]
 _Matrices = dict[int, list[tuple[Array, Array]]]
 
 
@@ -142,9 +141,9 @@ class Proof:
     ) -> None:
         """The part {center + box @ (middle + half * eta) : |eta| <= 1} of a region, known up to blur; `part`: middle,
         half, and which axes form the ball. Those that were not halved still do, with what the others leave of it."""
-        middle, half, ball = part
-        taken = np.maximum(np.abs(middle) - half, 0.0)[ball]
-        self.whole, self.rest = ball & (half == 1.0), np.sqrt(max(_MORE - taken @ taken, 0.0))
+        middle, half, self.ball = part
+        taken = np.maximum(np.abs(middle) - half, 0.0)[self.ball]
+        self.whole, self.rest = self.ball & (half == 1.0), np.sqrt(max(_MORE - taken @ taken, 0.0))
         self.matrices, self.blur = matrices, blur
         self.network, self.center, self.box, self.middle, self.half = network, center, box, middle, half
         self.reach = np.abs(center) + np.abs(box).sum(axis=1)
@@ -202,15 +201,16 @@ class Proof:
         return weight @ self.center + constant + slope @ self.middle + self.moved(slope) + pad
 
     def moved(self, slope: Array) -> Array:
-        """By how much slope @ zeta can exceed what it is at the part's middle."""
-        size = self.rest * np.linalg.norm(slope * self.whole, axis=1)
-        return np.asarray(size + np.abs(slope) @ (self.half * ~self.whole))
+        """By how much slope @ zeta can exceed what it is at the part's middle: beside the halved axes, in the ball."""
+        part = self.rest * np.linalg.norm(slope * self.whole, axis=1) + np.abs(slope) @ (self.half * ~self.whole)
+        around = np.linalg.norm(slope * self.ball, axis=1) * _MORE - slope @ (self.middle * self.ball)
+        return np.minimum(part, around + np.abs(slope) @ (self.half * ~self.ball))
 
     def above(self, index: int, rows: Array) -> tuple[Array, Array]:
         """weight [r, n], constant [r] with rows @ node `index` <= weight @ x + constant in the region, as executed."""
         return self._substitute({index: (rows, np.abs(rows), 1.0)}, np.zeros(len(rows)), index)
 
-    def _substitute(self, pending: dict[int, _Term], constant: Array, start: int) -> tuple[Array, Array]:
+    def _substitute(self, pending: dict[int, Any], constant: Array, start: int) -> tuple[Array, Array]:
         """Replace node after node, from `start` down, by what lies above it.
 
         Args:
