@@ -290,11 +290,11 @@ def test_certificates_about_delivered_actions_survive_attack(tmp_path) -> None:
     card = {"name": "p", "observations": [{"name": n} for n in "xyz"], "actions": channels}
     path.with_suffix(".yaml").write_text(yaml.safe_dump(card))
     policy, network = Policy(path), load_network(path)
-    regions = random_regions(rng, 30, 3, 0.4)
+    regions = random_regions(rng, 120, 3, 0.4)
     delivered, plain = certify(network, regions, limits=policy.card.limits), certify(network, regions)
     assert limited(delivered).all() and not limited(plain).any()
     bent = plain.worst > 0.1  # where actions are at their limit all over a region, both are nearly exact
-    assert bent.sum() > 20 and np.median((delivered.worst / plain.worst)[bent]) < 1.0
+    assert bent.sum() > 20 and np.median((delivered.worst / plain.worst)[bent]) < 0.9
     tried, broken = break_certificates(policy, network, delivered, rng)
     assert tried > 2000 and broken == 0
     checker = Checker(network)

@@ -220,13 +220,13 @@ def test_the_learner_keeps_out_and_lets_in_again(built: Built, tmp_path: Path) -
         tried, broken = break_certificates(
             built.policy, built.network, learner.library.certificates, np.random.default_rng(0), 50
         )
-        assert tried > 20 and broken == 0
+        assert tried > 100 and broken == 0
         checker = Checker(built.network)
         assert {checker.verdict(learner.library.certificates, k) for k in range(0, len(learner.library), 5)} == {
             "holds"
         }
         outside = seen[~quarantine.many(seen)]
-        assert (Router(learner.library, tolerance).many(outside) >= 0).mean() > 0.02
+        assert (Router(learner.library, tolerance).many(outside) >= 0).mean() > 0.3
         assert not quarantine.holding(learner.library.certificates.regions).any()
         assert (Router(learner.library, tolerance).many(corrected) < 0).all()  # even without the quarantine
         assert set(found[0].regions) <= {k for k, reason in history.retired().items() if reason == CORRECTED}
@@ -237,7 +237,7 @@ def test_the_learner_keeps_out_and_lets_in_again(built: Built, tmp_path: Path) -
         assert set(found[0].regions) <= set(learner.library.ids)
         history.add_misses(seen, built.policy.batch(seen))
         learner.learn()
-        assert (Router(learner.library, tolerance).many(seen) >= 0).mean() > 0.5
+        assert (Router(learner.library, tolerance).many(seen) >= 0).mean() > 0.8
 
 
 def test_a_library_of_one_leaf(built: Built) -> None:

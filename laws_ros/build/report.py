@@ -756,12 +756,12 @@ def _law(rank: int, law: Law) -> str:
     more = f" and {len(law.expert) - 1} more" if len(law.expert) > 1 else ""
     box = table(
         ("sensor", "from", "to", "unit"),
-        [(b["name"], number(float(b["low"])), number(float(b["high"])), b["unit"]) for b in law.box],  # type: ignore[arg-type]
+        [(b["name"], number(b["low"]), number(b["high"]), b["unit"]) for b in law.box],
         "Where: the box that encloses the region",
     )
     bound = table(
         ("answer", "bound at the centre", "at worst", "unit"),
-        [(b["name"], number(float(b["at_center"])), number(float(b["worst"])), b["unit"]) for b in law.bound],  # type: ignore[arg-type]
+        [(b["name"], number(b["at_center"]), number(b["worst"]), b["unit"]) for b in law.bound],
         "Within",
     )
     return (

@@ -130,7 +130,7 @@ class CachedPolicy:
         middle = np.einsum("eri,ei->er", weight, certificates.center) + certificates.expert_bias
         swing = np.abs(weight @ generators).sum(axis=2) + 1e-5 * (1.0 + np.abs(middle))
         within = ((middle - swing >= self._low) & (middle + swing <= self._high)).all(axis=1)
-        return (~within | certificates.among(COLLAPSED)).tolist()  # type: ignore[no-any-return]
+        return [bool(k) for k in ~within | certificates.among(COLLAPSED)]
 
 
 def open_pair(library_path: str | Path, policy_path: str | Path, threads: int = 1) -> tuple[Library, Policy]:

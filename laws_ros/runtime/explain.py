@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,9 +34,9 @@ class Law:
     kind: str
     standing: str
     key: list[str]
-    box: list[dict[str, object]]
+    box: list[dict[str, Any]]
     expert: list[str]
-    bound: list[dict[str, object]]
+    bound: list[dict[str, Any]]
     probability: float
     hits: int
 
