@@ -41,8 +41,10 @@ def test_two_robots_watched_and_recorded(environment: dict[str, str], tmp_path: 
     highlevel = pytest.importorskip("rosbags.highlevel", reason="rosbags is missing: pip install rosbags")
     bag = tmp_path / "bag"
     arguments = ["up", "cartpole", "--namespace", "left", "--namespace", "right", "--record", str(bag)]
-    pipe = subprocess.PIPE
-    up = subprocess.Popen([*LAWS, *arguments], stdout=pipe, stderr=subprocess.STDOUT, env=environment, text=True)
+    topics = ("joint_states", "slider_effort_controller/commands", "controller/decision")
+    said = tmp_path / "said"
+    with said.open("w") as out:
+        up = subprocess.Popen([*LAWS, *arguments], stdout=out, stderr=subprocess.STDOUT, env=environment)
     try:
         end = time.monotonic() + PATIENCE_S
         active: set[str] = set()
@@ -51,12 +53,18 @@ def test_two_robots_watched_and_recorded(environment: dict[str, str], tmp_path: 
             for name, facts in (json.loads(found.stdout) if found.returncode == 0 else {}).items():
                 if facts.get("state") == "active" and int(facts["hits"]) > 0:
                     active.add(name)
+        missing = {f"recording /{side}/{topic}" for side in ("left", "right") for topic in topics}
+        while missing and time.monotonic() < end:  # discovery takes its time on a busy machine
+            missing -= {line for line in missing if line in said.read_text()}
+            time.sleep(0.1)
         children = Path(f"/proc/{up.pid}/task/{up.pid}/children").read_text().split()
         up.send_signal(signal.SIGINT)
-        output, _ = up.communicate(timeout=PATIENCE_S)
+        up.wait(timeout=PATIENCE_S)
+        output = said.read_text()
     finally:
         up.kill()
     assert active == {"/left/controller", "/right/controller"}, output
+    assert not missing, output
     assert up.returncode == 0, output
     assert "Traceback" not in output
     assert len(children) == 4
@@ -64,7 +72,7 @@ def test_two_robots_watched_and_recorded(environment: dict[str, str], tmp_path: 
     with highlevel.AnyReader([bag]) as reader:
         counts = {connection.topic: connection.msgcount for connection in reader.connections}
         for side in ("left", "right"):
-            for topic in ("joint_states", "slider_effort_controller/commands", "controller/decision"):
+            for topic in topics:
                 assert counts[f"/{side}/{topic}"] > 0, counts
         connection = next(c for c in reader.connections if c.topic == "/left/controller/decision")
         _, _, raw = next(reader.messages([connection]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from typing import Any
 
 _EARLY, _RUNNING, _ENDING = range(3)
@@ -14,6 +15,7 @@ def install() -> None:
     """Until `running`, a signal ends the process at once: there is nothing yet that would have to be taken down."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _handle)
+    sys.unraisablehook = _swallowed
 
 
 def running() -> None:
@@ -39,3 +41,10 @@ def _handle(number: int, frame: Any) -> None:
     if _state == _RUNNING:
         ending()
         raise KeyboardInterrupt
+
+
+def _swallowed(what: Any) -> None:
+    """An interrupt that came in a callback of C code or in a finaliser, where nothing can be raised, is not lost:
+    rclpy has shut its context down as well, and the next thing that needs it ends the node."""
+    if not (told() and issubclass(what.exc_type, KeyboardInterrupt)):
+        sys.__unraisablehook__(what)

@@ -38,6 +38,7 @@ class BagRecorder:
             raise ConfigError(f"{folder}: exists already; a bag is a new folder")
         self._writer = Writer(folder, version=9, storage_plugin=StoragePlugin.MCAP)
         self._writer.open()
+        self._log = node.get_logger()
         store = get_typestore(Stores.ROS2_HUMBLE)
         self.counts = dict.fromkeys(topics, 0)
         for topic, kind in topics.items():
@@ -49,6 +50,8 @@ class BagRecorder:
 
     def _keep(self, topic: str, connection: Any, data: bytes) -> None:
         self._writer.write(connection, time.time_ns(), data)
+        if not self.counts[topic]:
+            self._log.info(f"recording {connection.topic}")
         self.counts[topic] += 1
 
     def close(self) -> None:
