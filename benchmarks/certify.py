@@ -11,8 +11,8 @@ the same regions certified with other efforts. A region's bound is that of its r
 and so is its worst error.
 
 Where auto_LiRPA can be imported (pip install auto_LiRPA, or its folder on PYTHONPATH), its CROWN bounds the first
-policy's boxes, too: batch by batch in turn with `certify`, on as many threads, so that their ratio means something on a
-busy machine. OMP_NUM_THREADS=1 measures one thread.
+policy's boxes, too: in turn with `certify` and with its bounds alone, on as many threads, so that their ratio means
+something on a busy machine. OMP_NUM_THREADS=1 measures one thread.
 """
 
 from __future__ import annotations
@@ -24,10 +24,15 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # cores get batches of their own
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +54,8 @@ POLICIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "policies" 
 CHUNK = 2048  # observations of one forward or backward pass through a policy
 STEPS = 10  # of gradient ascent
 MODELS = Path(__file__).resolve().parents[1] / "models"
-TURNS = 60  # of auto_LiRPA and `certify`
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+TURNS, ON_END, BATCHES = 12, 4, (64, 128, 256)  # of auto_LiRPA and `certify`: turns, batches a turn, their sizes
 
 
 @dataclass(frozen=True)
@@ -179,9 +185,9 @@ def run(case: Case, samples: int, seed: int) -> dict[str, Any]:
     say(f"{case.name}: certifying {len(regions)} regions")
     certify(case.network, regions[:BATCH], case.decision)  # what is made once per policy is not counted
     parts, spent = [], []
-    for k in range(0, len(regions), BATCH):
+    for k in range(0, len(regions), BATCH * THREADS):
         before = time.perf_counter()
-        parts.append(certify(case.network, regions[k : k + BATCH], case.decision, BATCH))
+        parts.append(certify(case.network, regions[k : k + BATCH * THREADS], case.decision, BATCH, threads=THREADS))
         spent.append((time.perf_counter() - before) / len(parts[-1]))
     certificates = Certificates.join(parts)
     known = np.isfinite(certificates.bound_offset).all(axis=1)
@@ -207,16 +213,23 @@ def run(case: Case, samples: int, seed: int) -> dict[str, Any]:
     }
 
 
+def _bounds(network: Network, regions: Regions, rows: Floats, batch: int) -> None:
+    with ThreadPoolExecutor(THREADS) as pool:
+        parts = [regions[k : k + batch] for k in range(0, len(regions), batch)]
+        list(pool.map(lambda part: affine_bounds(network, part, rows), parts))
+
+
 def auto_lirpa(case: Case, seed: int) -> dict[str, float] | str:
-    """CROWN of auto_LiRPA on the first batch of a case's boxes, float64, in turn with `certify` on the same batch."""
+    """CROWN of auto_LiRPA on a case's first boxes, float64, in turn with `certify` and `affine_bounds` on the same
+    boxes; each in its best one of several sizes of a batch, of which a few are computed on end. Torch uses its threads
+    within a batch, `certify` one for each."""
     try:
         import torch
         from auto_LiRPA import BoundedModule, BoundedTensor
         from auto_LiRPA.perturbations import PerturbationLpNorm
     except ImportError as error:
         return f"not measured: {error}"
-    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
     torch.set_default_dtype(torch.float64)  # its tables of tangents follow the default
     layers: list[Any] = []
     for node in case.network.nodes:
@@ -225,29 +238,40 @@ def auto_lirpa(case: Case, seed: int) -> dict[str, float] | str:
             layers[-1].weight.data[:], layers[-1].bias.data[:] = map(torch.from_numpy, (node.weights[0], node.bias))
         elif isinstance(node, Elementwise):
             layers.append({"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[node.function]())
-    regions = case.boxes(np.random.default_rng(seed))[:BATCH]
-    center = torch.from_numpy(regions.center)
-    model = BoundedModule(torch.nn.Sequential(*layers), center)
-    radius = torch.from_numpy(np.broadcast_to(case.radius, center.shape).copy())
-    box = BoundedTensor(center, PerturbationLpNorm(x_L=center - radius, x_U=center + radius))
-    theirs, ours = [], []
-    for _ in range(TURNS):
-        before = time.perf_counter()
-        low, high = model.compute_bounds(x=(box,), method="CROWN")
-        between = time.perf_counter()
-        certify(case.network, regions, case.decision, BATCH)
-        after = time.perf_counter()
-        theirs.append(1e6 * (between - before) / BATCH)
-        ours.append(1e6 * (after - between) / BATCH)
+    boxes, sequential = case.boxes(np.random.default_rng(seed)), torch.nn.Sequential(*layers)
     rows = decision_rows(case.network.outputs, case.decision)
+    spent: dict[str, list[Floats]] = {}  # per tool and size of a batch, us a region
+    for count in BATCHES:
+        regions = boxes[:count]
+        center = torch.from_numpy(regions.center)
+        model = BoundedModule(sequential, center)
+        radius = torch.from_numpy(np.broadcast_to(case.radius, center.shape).copy())
+        box = BoundedTensor(center, PerturbationLpNorm(x_L=center - radius, x_U=center + radius))
+        tools: dict[str, Callable[[], Any]] = {
+            "theirs": partial(model.compute_bounds, x=(box,), method="CROWN"),
+            "ours": partial(certify, case.network, boxes[: count * THREADS], case.decision, count, threads=THREADS),
+            "bounds": partial(_bounds, case.network, boxes[: count * THREADS], rows, count),
+        }
+        sizes = {"theirs": count, "ours": count * THREADS, "bounds": count * THREADS}
+        times: dict[str, list[float]] = {name: [] for name in tools}
+        for _ in range(TURNS):
+            for name, tool in tools.items():
+                for _ in range(ON_END):
+                    before = time.perf_counter()
+                    tool()
+                    times[name].append(1e6 * (time.perf_counter() - before) / sizes[name])
+        for name in tools:
+            spent.setdefault(name, []).append(np.array(times[name]))
+    least, median = ({k: float(min(of(t) for t in v)) for k, v in spent.items()} for of in (np.min, np.median))
+    low, high = tools["theirs"]()
     return {
-        "threads": threads,
-        "theirs_us": min(theirs),
-        "theirs_median_us": float(np.median(theirs)),
-        "ours_us": min(ours),
-        "ours_median_us": float(np.median(ours)),
-        "ratio": min(theirs) / min(ours),
-        "ratio_of_medians": float(np.median(theirs) / np.median(ours)),
+        "threads": THREADS,
+        **{f"{name}_us": value for name, value in least.items()},
+        **{f"{name}_median_us": value for name, value in median.items()},
+        "ratio": least["theirs"] / least["ours"],
+        "ratio_of_medians": median["theirs"] / median["ours"],
+        "bounds_ratio": least["theirs"] / least["bounds"],
+        "bounds_ratio_of_medians": median["theirs"] / median["bounds"],
         "their_width": float((high - low).detach().mean()),
         "our_width": range_width(case.network, rows, regions),
     }
@@ -310,26 +334,35 @@ def efforts(case: Case, count: int, seed: int) -> list[dict[str, Any]]:
     return found
 
 
-def memory(count: int) -> dict[str, float]:
-    """Peak memory of certifying `count` regions of a policy of 4 million parameters, and what 100,000 would take: one
-    batch does not outlive its certificates, so all that grows is the certificates, twice while they are joined."""
+def memory(count: int) -> dict[str, Any]:
+    """Peak memory while `count` regions of a policy of 4 million parameters are certified, and kept.
+
+    Returns:
+        peak_mib: after one batch, and after each quarter; growth_kib: of a region after the first quarter, of which
+        certificate_kib are the certificate itself; at_100000_mib: what that makes of 100,000 regions, of which the join
+        into one library takes a second copy.
+    """
 
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0
 
     case = Case("17-2048-2048-6 ReLU", mlp([17, 2048, 2048, 6], "relu", 2), np.ones(17), np.full(17, 0.05), count, 0)
-    regions = case.boxes(np.random.default_rng(0))
-    certify(case.network, regions[:BATCH])
-    one_batch = peak()
-    certificates = certify(case.network, regions)
-    arrays = [v for v in vars(certificates).values() if isinstance(v, np.ndarray)]
-    each = (sum(a.nbytes for a in arrays) + regions.center.nbytes + regions.transform.nbytes) / count / 2**20
+    regions, kept = case.boxes(np.random.default_rng(0)), []
+    certify(case.network, regions[: 2 * BATCH])
+    peaks = [peak()]
+    for part in np.array_split(np.arange(count), 4):
+        kept.append(certify(case.network, regions[part]))
+        peaks.append(peak())
+        say(f"{part[-1] + 1} of {count} regions, peak {peaks[-1]:.0f} MiB")
+    arrays = [v for k in kept for v in vars(k).values() if isinstance(v, np.ndarray)]
+    each = sum(a.nbytes for a in arrays) / count / 1024.0
+    growth = 1024.0 * (peaks[-1] - peaks[1]) / (0.75 * count)
     return {
         "regions": count,
-        "one_batch_mib": one_batch,
-        "peak_mib": peak(),
-        "per_certificate_mib": each,
-        "at_100000_mib": one_batch + 2 * each * 100_000,
+        "peak_mib": [round(k, 1) for k in peaks],
+        "growth_kib": growth,
+        "certificate_kib": each,
+        "at_100000_mib": peaks[-1] + (max(growth, each) * (100_000 - count) + each * 100_000) / 1024.0,
     }
 
 
@@ -357,9 +390,10 @@ def markdown(result: dict[str, Any]) -> str:
     other = result["auto_lirpa"]
     if isinstance(other, dict):
         other = (
-            "{theirs_us:.0f} us a region (median {theirs_median_us:.0f}), `certify` {ours_us:.0f} (median "
-            "{ours_median_us:.0f}), {ratio:.1f} times as fast (medians: {ratio_of_medians:.1f}), threads: {threads}; "
-            "range width {their_width:.5f}, ours {our_width:.5f}"
+            "{theirs_us:.0f} us a region (median {theirs_median_us:.0f}); `certify` {ours_us:.0f} "
+            "({ours_median_us:.0f}), {ratio:.1f} times as fast (medians: {ratio_of_medians:.1f}); its bounds alone "
+            "{bounds_us:.0f} ({bounds_median_us:.0f}), {bounds_ratio:.1f} times ({bounds_ratio_of_medians:.1f}); "
+            "threads: {threads}; range width {their_width:.5f}, ours {our_width:.5f}"
         ).format(**other)
     lines += ["", "| policy | effort | certify, us | bound | bound / worst seen |", "|" + " --- |" * 5]
     for row in result["efforts"]:

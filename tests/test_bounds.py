@@ -173,6 +173,51 @@ def test_every_effort_survives_attack_and_more_is_tighter(tmp_path, activation, 
     assert worst["optimised"] <= 1.01 * worst["backward"]
 
 
+def test_parts_of_balls_are_tighter_and_survive_attack_and_the_checker(tmp_path) -> None:
+    rng = np.random.default_rng(5)
+    path = save_mlp(tmp_path / "p.onnx", random_mlp(rng, [3, 16, 16, 2]))
+    policy, network, checker = Policy(path), load_network(path), Checker(load_network(path))
+    axes = np.linalg.qr(rng.normal(size=(12, 3, 3)))[0]
+    balls = Regions.from_axes(rng.normal(size=(12, 3)), axes, rng.uniform(0.1, 0.5, (12, 3)), rng.integers(2, 4, 12))
+    worst = {}
+    for effort in ("backward", "split:4", "split:32"):  # of 32 parts some are outside the ball
+        certificates = certify(network, balls, effort=effort)
+        tried, broken = break_certificates(policy, network, certificates, rng)
+        assert tried > 2000 and broken == 0
+        assert all(checker.verdict(certificates, k) == "holds" for k in range(12))
+        worst[effort] = np.median(certificates.worst)
+    assert worst["split:32"] < 0.9 * worst["split:4"] and worst["split:4"] < 0.9 * worst["backward"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 5), st.integers(0, 3))
+def test_what_a_part_of_a_ball_reaches_is_no_less_than_what_its_points_do(seed: int, n: int, box: int) -> None:
+    """And no more than in the whole ball, which a part of it lies in."""
+    rng = np.random.default_rng(seed)
+    ball = np.arange(box + n) >= box
+    zeta = rng.normal(size=(500, box + n))
+    zeta[:, ball] *= rng.random((500, 1)) ** 0.3 / np.linalg.norm(zeta[:, ball], axis=1, keepdims=True)
+    zeta[:, ~ball] = np.clip(zeta[:, ~ball], -1, 1)
+    width = 0.5 ** rng.integers(0, 4, box + n)
+    middle = (np.floor((zeta[0] + 1) / (2 * width)) * 2 + 1) * width - 1  # of the part that the first point is in
+    inside = zeta[(np.abs(zeta - middle) <= width).all(axis=1)]
+    slope = rng.normal(size=box + n)
+    cut = propagate.Cut(np.where(ball, middle, 0.0)[None], (ball / width)[None], np.zeros(1))
+    found = float(cut.reach(np, (slope * width)[None, None])[0, 0])
+    assert (((inside - middle) @ slope) <= found).all() and len(inside)
+    whole = np.linalg.norm(slope[ball]) - slope[ball] @ middle[ball] + np.abs(slope * width)[~ball].sum()
+    assert found <= whole + 1e-9
+
+
+def test_threads_change_nothing(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    network = load_network(save_mlp(tmp_path / "p.onnx", random_mlp(rng, [3, 16, 2])))
+    regions = random_regions(rng, 50, 3, 0.2)
+    one, four = (certify(network, regions, batch=8, threads=k) for k in (1, 4))
+    for name in ("expert_weight", "expert_bias", "bound_weight", "bound_offset"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(four, name))
+
+
 def test_ranges_hold_for_every_node(tmp_path) -> None:
     rng = np.random.default_rng(0)
     for normalize in (None, 1e-5):

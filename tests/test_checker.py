@@ -17,7 +17,7 @@ from laws_ros.core.checker import Checker, Proof
 from laws_ros.core.region import Regions
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
-from tests.support import break_certificates, random_mlp, save_mlp, save_model
+from tests.support import break_certificates, random_mlp, random_regions, save_mlp, save_model
 
 
 def test_it_proves_what_was_certified(built) -> None:
@@ -73,6 +73,20 @@ def test_it_proves_balls_and_not_the_boxes_around_them(tmp_path: Path) -> None:
             false += 1
             assert checker.verdict(boxes, k) == "unknown"
     assert false >= 3  # or the test proves nothing
+
+
+def test_it_touches_where_the_issuer_does(tmp_path: Path) -> None:
+    """In the middle of an interval the tangent, where it is below the function, and no other line that touches there:
+    certificates over wide regions rest on the issuer's line."""
+    nodes = [
+        helper.make_node("Mul", ["observation", "k"], ["a"]),
+        helper.make_node("Sigmoid", ["a"], ["b"]),
+        helper.make_node("Mul", ["observation", "b"], ["action"]),
+    ]
+    network = load_network(save_model(tmp_path / "p.onnx", nodes, {"k": np.array([1.702], np.float32)}, 6, 6))
+    certificates = certify(network, random_regions(np.random.default_rng(10), 60, 6, 0.7))
+    checker = Checker(network)
+    assert all(checker.verdict(certificates, k) == "holds" for k in range(60))
 
 
 def test_limits_that_the_policy_does_not_keep_are_unknown(built) -> None:

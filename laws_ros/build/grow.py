@@ -10,9 +10,8 @@ A policy that ends in the cut to its card's limits is certified before that cut 
 elsewhere, or it decides, a node's observations are first set apart by which actions are at their limits, as no region
 should straddle such a bend (docs/adr/0007-arm-sort.md).
 
-All of that is done with cheap bounds. If a dearer effort is asked for, regions are boxes; one that just fails, and in
-the end every one that is left, is bounded with that effort, and widened once more by what that leaves room for; unless
-that hardly shrinks the bounds of this policy (docs/adr/0012-tight-library-bounds.md).
+All of that is done with cheap bounds. In the end the regions that are left are certified once more, with a dearer
+effort, unless that hardly shrinks the bounds of this policy (docs/adr/0019-tight-and-checkable.md).
 """
 
 from __future__ import annotations
@@ -30,26 +29,28 @@ from laws_ros.core.certificate import Certificates, decision_pairs, decision_row
 from laws_ros.core.certify import certify
 from laws_ros.core.library import Library
 from laws_ros.core.network import Network
-from laws_ros.core.region import Regions
+from laws_ros.core.region import Regions, swing
 from laws_ros.core.trie import Splitter, Trie
 from laws_ros.runtime.policy import Policy
 from laws_ros.runtime.routing import Router
 
+from .workers import HERE, Workers
+
 Floats = NDArray[np.float64]
 
-BATCH = 64  # nodes certified together
+BATCH = 64  # nodes certified together,
+LARGE_POLICY = 1_000_000  # of whose parameters there are more than this, in batches that workers can share
 SEARCH = "backward"  # effort of bounds (core.bounds) while searching
-CLOSE = 2.5  # a box whose bound is so many times too large may do with the dearer one
-PAYS = 0.8  # bounds must typically shrink to this, or the dearer effort is given up after the first BATCH of regions
+TIGHT = "split:4"  # effort of the bounds that a library is best kept with
+PAYS = 0.9  # bounds must typically shrink to this, or the dearer effort is given up after the first BATCH of regions
 MARGIN = 1.05  # boxes are a little larger than the observations that made them
 LARGE = 64  # a node with fewer observations borrows a little of its last larger ancestor's covariance:
 PRIOR = 0.1  # as if it had this many observations more, and they that covariance
-# Regions are balls in the observations' principal axes, or boxes where they are to be bounded part by part: what is cut
-# off a ball along one axis, the others keep (docs/adr/0018-round-regions.md).
-SPREAD = 2.0  # a box holds this many standard deviations along every axis: a few observations do not show the tails;
-BEYOND = 1.2  # a ball of k axes this many more than sqrt(k), which is how far they are typically
-GENEROUS = {False: 2.0, True: 1.3}  # the factor on all of this that is tried first, for boxes and for balls
-HOPELESS = 6.0  # where a generous box's bound is typically this many tolerances, a tight one is not tried
+# A ball of k principal axes holds so many standard deviations more than sqrt(k), which is how far observations
+# typically are: a few of them do not show the tails (docs/adr/0018-round-regions.md).
+BEYOND = 1.2
+GENEROUS = 1.3  # the factor on this that is tried first
+HOPELESS = 6.0  # where a generous ball's bound is typically this many tolerances, a tight one is not tried
 # An accepted region is widened on some of its axes after the others: on all but those across bends by what its bound
 # leaves room for (a share of it, at most MOST times); on the thinner half of these, along which the observations hardly
 # spread; across bends; and on every second, every other second, ... axis.
@@ -59,9 +60,7 @@ ACROSS = (1.5, 1.25)
 HALVES = 1.5
 # Answers that use the tolerance up cost return, and lead the robot where nothing was learned: so a region that answers
 # MANY of its observations, or is widened, must do so within this share of the tolerance. Elsewhere all of it is used.
-# With tight bounds the errors are nearer to them, and bounds of split regions are the same everywhere.
 CAREFUL, MANY = 0.5, 16
-TIGHT = 0.75
 PIECES = 8  # boxes tried at once in a node
 NEAR = 5.0  # a limit this many standard deviations of an action away gets an axis across it,
 MOST_BENDS = 4  # the nearest ones
@@ -118,6 +117,7 @@ def grow(
     progress: Callable[[str], None] = lambda text: None,
     effort: str = SEARCH,
     keep_out: Callable[[Regions], NDArray[np.bool_]] | None = None,
+    workers: Workers = HERE,
 ) -> Growth:
     """Build a library for the distribution of the given observations.
 
@@ -128,9 +128,9 @@ def grow(
         tolerance: [m] largest certified action error, action units; ignored for decisions.
         max_regions, max_certificates: the budget.
         progress: called with a line of text now and then.
-        effort: of the bounds of regions that are kept (core.bounds); "backward" is what all of them are found by. With
-            "split:N" regions are boxes.
+        effort: of the bounds of regions that are kept (core.bounds); "backward" is what all of them are found by.
         keep_out: [B] which regions may not be, whatever their bounds (a learner's quarantine).
+        workers: who certifies.
 
     Returns:
         Growth; train_coverage is the share of `observations` that the library answers.
@@ -140,8 +140,51 @@ def grow(
     """
     parts_of(effort)
     grower = _Grower(policy, network, observations, actions, tolerance, max_regions, max_certificates, progress, effort)
-    grower.keep_out = keep_out
+    grower.keep_out, grower.workers = keep_out, workers
     return grower.run()
+
+
+def tighten(
+    library: Library,
+    network: Network,
+    effort: str = TIGHT,
+    progress: Callable[[str], None] = lambda text: None,
+    workers: Workers = HERE,
+) -> tuple[Library, int]:
+    """The same regions with certificates of a dearer effort where these are smaller at their largest and answer all
+    that the old ones do (of a decision: are nowhere larger); and how many were tried.
+
+    The kind `linear` only. Given up after the first BATCH of them whose bounds do not typically shrink to PAYS.
+
+    Raises:
+        ConfigError: an unknown effort.
+    """
+    parts_of(effort)
+    decision = library.card.decision
+    certifier = _Certifier(network, decision, library.card.limits if decision == "none" else None)
+    unit = np.maximum(library.tolerance, 1e-300) if decision == "none" else 1.0
+    certificates, gains, tried = library.certificates, np.zeros(0), 0
+    todo = np.flatnonzero(certificates.among(["linear"]))
+    for start in range(0, len(todo), BATCH):
+        some = todo[start : start + BATCH]
+        old = certificates[some]
+        new = Certificates.join(list(workers.map(certifier, [(k, effort) for k in _batches(old.regions, certifier)])))
+        tried += len(some)
+        before, after = (k.worst / unit for k in (old, new))
+        more = new.bound_offset - old.bound_offset + swing(new.bound_weight - old.bound_weight, old.regions.ball)
+        as_good = (more <= 0.0).all(axis=1) | ((after <= 1.0).all(axis=1) & (decision == "none"))
+        better = np.flatnonzero(as_good & (after.max(axis=1) < before.max(axis=1)))
+        certificates = _replaced(certificates, some[better], new[better])
+        gains = np.append(gains, after.max(axis=1) / before.max(axis=1))
+        progress(f"{start + len(some)} of {len(todo)} regions bounded by {effort}")
+        if not np.nanmedian(gains) < PAYS:
+            break
+    return replace(library, certificates=certificates).indexed(library.trie), tried
+
+
+def _batches(regions: Regions, certifier: _Certifier) -> list[Regions]:
+    parts = np.array_split(np.arange(len(regions)), math.ceil(len(regions) / certifier.batch))
+    return [regions[part] for part in parts]
 
 
 def _scaled(regions: Regions, factors: Floats) -> Regions:
@@ -154,6 +197,19 @@ def _replaced(certificates: Certificates, rows: NDArray[np.intp], others: Certif
     order = np.arange(len(certificates))
     order[rows] = len(certificates) + np.arange(len(rows))
     return Certificates.join([certificates, others])[order]
+
+
+class _Certifier:
+    """Certificates of (regions, effort), for whoever works on them."""
+
+    def __init__(self, network: Network, decision: str, limits: NDArray[np.float32] | None) -> None:
+        self.network, self.decision, self.limits = network, decision, limits
+        self.batch = 16 if network.parameters > LARGE_POLICY else BATCH
+
+    def __call__(self, item: tuple[Regions, str]) -> Certificates:
+        regions, effort = item
+        limits = self.limits
+        return certify(self.network, regions.brief(), self.decision, self.batch, effort, limits=limits).brief()
 
 
 class _Grower:
@@ -171,6 +227,7 @@ class _Grower:
     ) -> None:
         self.effort = effort
         self.keep_out: Callable[[Regions], NDArray[np.bool_]] | None = None
+        self.workers = HERE
         self.policy, self.network, self.tolerance = policy, network, tolerance
         self.decision = policy.card.decision
         self.rows = decision_rows(network.outputs, self.decision)
@@ -179,7 +236,6 @@ class _Grower:
         spread = self.x.std(axis=0)
         self.scale = np.where(spread > 1e-9, spread, 1.0)
         self.tried = 0
-        self.gains: list[float] = []  # of the dearer effort: bounds over the cheap ones of the same regions
         self.splitter = Splitter()
         self.kept: list[Certificates] = []
         self.heap: list[tuple[int, int, _Node]] = []
@@ -187,13 +243,13 @@ class _Grower:
         self.open = np.ones(len(self.x), dtype=bool)  # observations that no kept region answers
         self.discrete = np.array(policy.card.context_indices, int)
         self.free = np.setdiff1d(np.arange(self.x.shape[1]), self.discrete)
-        self.round = parts_of(effort) == 1
         self.contexts = Trie.root()
         self.limits = None if self.decision != "none" else policy.card.limits
         # what is cut to the limits in the end is not bent by them: the policy before that
         found = None if self.limits is None else network.unlimited(*self.limits.astype(float))
         self.straight = policy.without_last_clip() if found else None
         self.sides = self._limits_reached()
+        self.certifier = _Certifier(network, self.decision, self.limits)
 
     def run(self) -> Growth:
         self._split_contexts()
@@ -260,20 +316,11 @@ class _Grower:
         again = np.flatnonzero([not h.all() and e < HOPELESS for h, e in zip(hits, excess, strict=True)])
         if len(again):
             boxes = self._boxes([pieces[k] for k in again], False)
-            fitted, more, smaller = self._attempt(boxes, [points[k] for k in again])
+            fitted, more, _ = self._attempt(boxes, [points[k] for k in again])
             better = [j for j, k in enumerate(again) if more[j].sum() > hits[k].sum()]
             certificates = _replaced(certificates, again[better], fitted[better])
             for j in better:
                 hits[again[j]] = more[j]
-                excess[again[j]] = smaller[j]
-        close = np.flatnonzero([not h.all() and e < CLOSE for h, e in zip(hits, excess, strict=True)])
-        if len(close) and self._pays():
-            tight, more, _ = self._attempt(certificates[close].regions, [points[k] for k in close], effort=self.effort)
-            self._gain(tight, certificates[close])
-            better = [j for j, k in enumerate(close) if more[j].sum() > hits[k].sum()]
-            certificates = _replaced(certificates, close[better], tight[better])
-            for j in better:
-                hits[close[j]] = more[j]
         full = [k for k, h in enumerate(hits) if h.all()]
         # Half of a node's observations make a box worth keeping; what it leaves over gets boxes of its own.
         some = [k for k, h in enumerate(hits) if 0.5 <= h.mean() < 1.0 or (len(h) < FEWEST and 0.0 < h.mean() < 1.0)]
@@ -326,7 +373,7 @@ class _Grower:
         return [node.points[of.reshape(-1) == k] for k in np.argsort(-counts, kind="stable")[:PIECES]]
 
     def _attempt(
-        self, regions: Regions, points: list[NDArray[np.intp]], share: float | None = None, effort: str = SEARCH
+        self, regions: Regions, points: list[NDArray[np.intp]], share: float | None = None
     ) -> tuple[Certificates, list[NDArray[np.bool_]], Floats]:
         """Certificates, which of its own observations each answers, and its worst bound, in tolerances, midway.
 
@@ -334,8 +381,8 @@ class _Grower:
             share: of the tolerance that may be used; by default less where many are answered.
         """
         self.tried += len(regions)
-        regions = regions.brief()
-        certificates = certify(self.network, regions, self.decision, BATCH, effort, limits=self.limits).brief()
+        batches = [(k, SEARCH) for k in _batches(regions, self.certifier)]
+        certificates = Certificates.join(list(self.workers.map(self.certifier, batches)))
         which = np.repeat(np.arange(len(points)), [len(p) for p in points])
         shares = [share or (CAREFUL if len(p) >= MANY else 1.0) for p in points]
         usable = np.array(shares)[which, None] * self.tolerance
@@ -363,8 +410,8 @@ class _Grower:
         """Regions around the observations of nodes, without extent in what is discrete.
 
         Args:
-            generous: larger than they need, except across bends, where another law begins. Boxes always, balls if not,
-                are as tight along the one axis along which the action changes most, where no bend is near.
+            generous: larger than they need, except across bends, where another law begins. If not, they are as tight
+                along the one axis along which the action changes most, where no bend is near.
         """
         n, free = self.x.shape[1], self.free
         d, fixed = len(free), len(self.discrete)
@@ -378,7 +425,7 @@ class _Grower:
             prior = PRIOR / (PRIOR + len(points))
             covariance = (1 - prior) * self._covariance(node.points) + prior * node.around + 1e-9 * np.eye(d)
             first = self._bends(node)
-            if not first.shape[1] and not (generous and self.round):
+            if not first.shape[1] and not generous:
                 slope = np.linalg.lstsq(
                     points - mean, self.y[node.points] - self.y[node.points].mean(axis=0), rcond=1e-6
                 )
@@ -391,87 +438,42 @@ class _Grower:
             axes[k][np.ix_(free, np.arange(fixed, n))] = self.scale[free, None] * vectors
             deviation = np.maximum(np.sqrt(np.einsum("ij,ik,kj->j", vectors, covariance, vectors)), 1e-6)
             least = np.maximum(MARGIN * 0.5 * (high - low), 1e-6)
-            width = np.maximum(least, SPREAD * deviation)
-            if self.round:
-                round[k] = d - across
-                away = np.linalg.norm(((along - 0.5 * (low + high)) / deviation)[:, across:], axis=1)
-                width = max(MARGIN * away.max(), math.sqrt(d - across) + BEYOND) * deviation
-            widths[k, fixed:] = (GENEROUS[self.round] if generous else 1.0) * width
+            round[k] = d - across
+            away = np.linalg.norm(((along - 0.5 * (low + high)) / deviation)[:, across:], axis=1)
+            width = max(MARGIN * away.max(), math.sqrt(d - across) + BEYOND) * deviation
+            widths[k, fixed:] = (GENEROUS if generous else 1.0) * width
             widths[k, fixed : fixed + across] = least[:across]
         return Regions.from_axes(center, axes, widths, round)
 
-    def _widened(
-        self,
-        certificates: Certificates,
-        points: list[NDArray[np.intp]],
-        effort: str = SEARCH,
-    ) -> Certificates:
+    def _widened(self, certificates: Certificates, points: list[NDArray[np.intp]]) -> Certificates:
         """Scale every region up as long as all of its own observations stay answered."""
         axis, fixed = np.arange(self.x.shape[1]), len(self.discrete)
-        others = certificates.regions.ball if self.round else np.tile(axis > fixed, (len(certificates), 1))
+        others = certificates.regions.ball
         bends = ~others & (axis >= fixed)
         edges = np.linalg.inv(certificates.transform)[:, self.free] / self.scale[self.free, None]
         width = np.where(others, np.linalg.norm(edges, axis=1), np.inf)
         thin = others & (width.argsort(axis=1).argsort(axis=1) < len(self.free) // 2)
-        share = CAREFUL if effort == SEARCH else TIGHT
         steps = [(others, part, True) for part in ROOM]
-        if effort == SEARCH:
-            steps += [(thin, factor, False) for factor in THIN] + [(bends, factor, False) for factor in ACROSS]
-            steps += [(others & (axis >> bit & 1 == side), HALVES, False) for bit in range(4) for side in (0, 1)]
+        steps += [(thin, factor, False) for factor in THIN] + [(bends, factor, False) for factor in ACROSS]
+        steps += [(others & (axis >> bit & 1 == side), HALVES, False) for bit in range(4) for side in (0, 1)]
         for mask, factor, room in steps:
-            factors = np.where(mask, self._room(certificates, factor, effort) if room else factor, 1.0)
+            factors = np.where(mask, self._room(certificates, factor) if room else factor, 1.0)
             which = np.flatnonzero((factors > 1.02).any(axis=1))
             if len(which):
                 wider = _scaled(certificates.regions[which], factors[which])
-                tried, hits, _ = self._attempt(wider, [points[k] for k in which], share, effort)
+                tried, hits, _ = self._attempt(wider, [points[k] for k in which], CAREFUL)
                 better = np.array([h.all() for h in hits])
                 certificates = _replaced(certificates, which[better], tried[better])
         return certificates
 
-    def _room(self, certificates: Certificates, part: float, effort: str) -> Floats:
+    def _room(self, certificates: Certificates, part: float) -> Floats:
         """[B, 1]: the factor on a region's size that its bound leaves room for, or a part of it: bounds grow about as
         the square of the size."""
         if self.decision != "none":
             return np.full((len(certificates), 1), 1.0 + part)
-        most = 1.0 if effort == SEARCH else TIGHT
-        room = np.clip(0.95 * np.sqrt(most / np.maximum(self._largest(certificates), 1e-300)), 1.0, MOST)
+        largest = (certificates.worst / np.maximum(self.tolerance, 1e-300)).max(axis=1)
+        room = np.clip(0.95 * np.sqrt(1.0 / np.maximum(largest, 1e-300)), 1.0, MOST)
         return np.asarray(1.0 + part * (room[:, None] - 1.0))
-
-    def _largest(self, certificates: Certificates) -> Floats:
-        """[B]: the largest bound of each, in tolerances; of a decision, of which every bound counts, their mean."""
-        if self.decision != "none":
-            return np.asarray(certificates.worst.mean(axis=1))
-        return np.asarray((certificates.worst / np.maximum(self.tolerance, 1e-300)).max(axis=1))
-
-    def _tightened(self, certificates: Certificates, points: list[NDArray[np.intp]]) -> Certificates:
-        """The same regions with dearer bounds where these are smaller, and wider where they leave room."""
-        done = []
-        for start in range(0, len(certificates), BATCH):
-            some = slice(start, start + BATCH)
-            part = certificates[some]
-            if self._pays():
-                tried, hits, _ = self._attempt(part.regions, points[some], 1.0, self.effort)
-                smaller = self._gain(tried, part) < 1.0
-                better = np.flatnonzero([h.all() and s for h, s in zip(hits, smaller, strict=True)])
-                part = _replaced(part, better, tried[better])
-                part = self._widened(part, points[some], self.effort)
-                self.progress(f"{start + len(part)} of {len(certificates)} regions bounded by {self.effort}")
-            done.append(part)
-        return Certificates.join(done)
-
-    def _gain(self, tight: Certificates, loose: Certificates) -> Floats:
-        """[B]: what is left of the bounds of the same regions; kept in mind."""
-        new, old = self._largest(tight), self._largest(loose)
-        known = np.isfinite(new) & np.isfinite(old)
-        gain = np.where(known, new, np.isinf(new)) / np.where(known, np.maximum(old, 1e-300), 1.0)
-        self.gains += gain.tolist()
-        return gain
-
-    def _pays(self) -> bool:
-        """Is the dearer effort worth its price for this policy? It is tried on a batch of regions first."""
-        if self.effort == SEARCH:
-            return False
-        return len(self.gains) < BATCH or float(np.median(self.gains)) < PAYS
 
     def _split(self, nodes: list[_Node]) -> None:
         if not nodes:
@@ -508,21 +510,20 @@ class _Grower:
         else:
             certificates = Certificates.none(self.x.shape[1], len(self.rows))
         library = self._library(certificates, trie.counted(self.x))
-        library, answered_by, kept = self._pruned(library.indexed(library.trie))
-        if len(kept):
-            order = np.argsort(answered_by, kind="stable")
-            points = np.split(order, np.searchsorted(answered_by[order], np.arange(len(kept) + 1)))[1:-1]
-            tight = self._tightened(library.certificates, points)
-            library, answered_by, _ = self._pruned(replace(library, certificates=tight).indexed(library.trie))
-        return Growth(library, self.tried, float((answered_by >= 0).mean()))
+        library, coverage = self._pruned(library.indexed(library.trie))
+        if self.effort != SEARCH:
+            library, tried = tighten(library, self.network, self.effort, self.progress, self.workers)
+            library, coverage = self._pruned(library)
+            self.tried += tried
+        return Growth(library, self.tried, coverage)
 
-    def _pruned(self, library: Library) -> tuple[Library, NDArray[np.intp], NDArray[np.intp]]:
-        """Without the regions that others answer for, which is settled by routing all observations; what answers each
-        of these; and which regions were kept."""
+    def _pruned(self, library: Library) -> tuple[Library, float]:
+        """Without the regions that others answer for, which is settled by routing all observations; and the share of
+        these that are answered."""
         found = Router(library, self.tolerance).many(self.x)
         kept = np.flatnonzero(np.bincount(found[found >= 0], minlength=len(library)))
         visits = np.zeros(len(kept), np.int64)
         library = replace(library, certificates=library.certificates[kept], visits=visits).indexed(library.trie)
         found = Router(library, self.tolerance).many(self.x)
         visits = np.bincount(found[found >= 0], minlength=len(kept)).astype(np.int64)
-        return replace(library, visits=visits), np.asarray(found, np.intp), kept
+        return replace(library, visits=visits), float((found >= 0).mean())

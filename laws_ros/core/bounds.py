@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import ConfigError
 from .network import Network
-from .propagate import HUGE32, NUMPY, TINY32, UNIT32, Backend, Relaxed, gamma
+from .propagate import HUGE32, NUMPY, TINY32, UNIT32, Backend, Cut, Relaxed, gamma
 from .region import UNIT, Regions, swing
 from .relax import INFLATE
 
@@ -153,12 +153,16 @@ def _split(network: Network, regions: Regions, rows: Array, parts: int, backend:
         ball = regions.ball[region[new]]
         whole = ball & (width[new] == 1.0)
         taken = np.where(ball, np.maximum(np.abs(middle[new]) - width[new], 0.0), 0.0)
-        rest = np.sqrt(np.maximum(1.0 - (1.0 - 1e-12) * (taken * taken).sum(axis=1, keepdims=True), 0.0))
-        box = generators[region[new]] * (np.where(whole, rest, width[new]) + blur[region[new], None])[:, None, :]
-        relaxed = Relaxed(network, center, box, "backward", backend, whole)
+        taken = (taken * taken).sum(axis=1, keepdims=True)
+        rest = np.sqrt(np.maximum(1.0 - (1.0 - 1e-12) * taken, 0.0))
+        away = taken > 1.0 + 1e-9  # outside the ball
+        extent = np.where(whole, rest, width[new]) + blur[region[new], None]
+        box = generators[region[new]] * extent[:, None, :]
+        cut = Cut(middle[new] * ball, ball / extent, np.where(away[:, 0], 1e30, blur[region[new]]))
+        relaxed = Relaxed(network, center, box, "backward", backend, whole, cut if ball.any() else None)
         bent = np.zeros((len(new), n))
         lines = relaxed.backward(len(relaxed.known) - 1, relaxed.array(rows[None]), bent)
-        latest = [center, box, *(backend.host(k) for k in lines), whole.astype(float), bent]
+        latest = [center, box, *(backend.host(k) for k in lines), whole.astype(float), *vars(cut).values(), away, bent]
         grown = len(region) - len(found[0]) if found else 0
         found = [np.concatenate([k, np.zeros((grown, *k.shape[1:]))]) for k in found] or latest
         for old, value in zip(found, latest, strict=True):
@@ -226,16 +230,20 @@ def _offsets(
 ) -> tuple[Array, Array, list[Array]]:
     """The largest `low` and least `high` [B, r] with (slope - slant) x + low and (slope + slant) x + high around the
     bounds of every part in that part; and what each part needs."""
-    center, box, middle, tilt, constant, half, whole, _ = found
+    center, box, middle, tilt, constant, half, whole, *cut, away, _ = found
     n = center.shape[1]
     reach = np.abs(center) + np.abs(box) @ np.ones(n)
     ends = []
     for sign in (-1.0, 1.0):
         rest = middle + sign * tilt - (slope + sign * slant)[region]
-        moved = swing(rest @ box, whole > 0.0)
+        slopes = sign * rest @ box
+        moved = swing(slopes, whole > 0.0)
+        if cut[1].any():
+            moved = np.minimum(moved, Cut(*cut).reach(np, slopes.transpose(1, 0, 2)).T)
         size = _at(np.abs(middle) + np.abs(tilt) + (np.abs(slope) + np.abs(slant))[region], reach)
         pad = 16 * (n + 8) * UNIT * (size + np.abs(constant) + np.abs(half))
-        ends.append(_at(rest, center) + constant + sign * (half + moved + pad))
+        end = _at(rest, center) + constant + sign * (half + moved + pad)
+        ends.append(np.where(away, -sign * np.inf, end))
     low, high = np.full(slope.shape[:2], np.inf), np.full(slope.shape[:2], -np.inf)
     np.minimum.at(low, region, ends[0])
     np.maximum.at(high, region, ends[1])

@@ -92,8 +92,7 @@ class Checker:
     def _excess(self, certificates: Certificates, index: int, proof: Proof, short: Array) -> float:
         """By how much the error of an affine expert may exceed its claim in a part of the region."""
         center, reach, box, n = proof.center, proof.reach, proof.box, len(proof.center)
-        high_weight, high = proof.above(len(self.network.nodes), self.rows)
-        low_weight, low = proof.above(len(self.network.nodes), -self.rows)
+        proof.bend = np.zeros(n)  # of what counts at the output only
         expert_weight, expert = (k[index].astype(float) for k in (certificates.expert_weight, certificates.expert_bias))
         claim_weight, claim = certificates.bound_weight[index], certificates.bound_offset[index] - short
         size = np.abs(expert_weight) @ reach + np.abs(expert)
@@ -102,7 +101,8 @@ class Checker:
         claimed = np.abs(claim_weight).sum(axis=1)  # by the router, at its own xi, within blur of zeta, and rounded
         routed = proof.blur * claimed + 2 * (n + 4) * _U64 * (claimed + np.abs(claim))
         worst = -np.inf
-        for weight, constant, sign in ((high_weight, high, 1.0), (low_weight, low, -1.0)):
+        for sign in (1.0, -1.0):
+            weight, constant = proof.above(len(self.network.nodes), sign * self.rows)
             offset = (difference := weight - sign * expert_weight) @ center + constant - sign * expert - claim
             slope = difference @ box - claim_weight
             own = 16 * (n + 4) * _U64 * (np.abs(weight) @ reach + np.abs(constant) + size + claimed + np.abs(claim))
@@ -211,11 +211,8 @@ class Proof:
         return self._substitute({index: (rows, np.abs(rows), 1.0)}, np.zeros(len(rows)), index)
 
     def _substitute(self, pending: dict[int, Any], constant: Array, start: int) -> tuple[Array, Array]:
-        """Replace node after node, from `start` down, by what lies above it.
-
-        Args:
-            pending: per node (rows, |rows|, sign): the sum of sign * rows @ node over all of them is wanted.
-        """
+        """Replace node after node, from `start` down, by what lies above it. `pending`: per node (rows, |rows|, sign);
+        the sum of sign * rows @ node is wanted."""
 
         def add(index: int, rows: Array) -> None:
             if index in pending:
@@ -228,6 +225,9 @@ class Proof:
                 continue
             rows, size, sign = pending.pop(index)
             node = self.network.nodes[index - 1]
+            if start == len(self.network.nodes) and not isinstance(node, Affine):
+                weight = self.plane[index][0] if isinstance(node, Normalize) else np.abs(self.line[index][1])
+                self.bend = self.bend + (size.sum(axis=0) * weight) @ self.swing[node.source]
             if isinstance(node, Affine):
                 constant = constant + sign * (rows @ node.bias) + size @ self.error[index] * _MORE
                 for source, (matrix, _) in zip(node.sources, self.matrices[index], strict=True):
@@ -362,7 +362,7 @@ def _above(node: Elementwise, low: Array, high: Array, sign: float) -> tuple[Arr
             lower = height(a) < height(b)
             left, right = np.where(lower, left, a), np.where(lower, b, right)
         slope, tangent = 0.5 * (left + right), sign * node.derivative(middle)
-        slope = np.where(height(tangent) <= height(slope), tangent, slope)
+        slope = np.where(height(tangent) <= height(slope) + 1e-9 * np.abs(values).max(axis=0), tangent, slope)
     else:
         slope, best = np.zeros_like(low), np.full_like(low, np.inf)
         for i, j in combinations(range(len(points)), 2):

@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from .network import Affine, Elementwise, Network, Normalize
+from .network import Affine, Elementwise, Network, Node, Normalize
 from .region import UNIT
 from .relax import INFLATE, Touch, natural, relax
 
@@ -66,8 +66,9 @@ def sum_error(terms: Any, largest: Any, volume: Any) -> Any:
         terms: how many are not zero, the bias apart. volume: sum of their magnitudes.
     """
     added = (terms + 1.0) * UNIT32 * (1.0 + gamma(terms + EXECUTION_TERMS + 1.0))
-    sharp, plain = added * largest + gamma(EXECUTION_TERMS + 1.0) * volume, gamma(terms + EXECUTION_TERMS) * volume
-    return 0.5 * (sharp + plain - abs(sharp - plain))  # the smaller one; plain is, for very few terms
+    # what the sharper bound, added * largest + gamma_4 * volume, is below the plain one
+    less = (gamma(terms + EXECUTION_TERMS) - gamma(EXECUTION_TERMS + 1.0)) * volume - added * largest
+    return gamma(terms + EXECUTION_TERMS) * volume - 0.5 * (less + abs(less))  # it is not, for very few terms
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,27 @@ class _Scale:
         return kept * self.s[:, None, None] - along[:, :, None] * self.u0[:, None, :]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """That a part of a region, center + generators @ eta, lies in the region's ball: zeta = middle + eta / inverse
+    does, up to `blur` an axis.
+
+    Attributes:
+        middle, inverse: [B, d], zero beside the ball. blur: [B].
+    """
+
+    middle: Any
+    inverse: Any
+    blur: Any
+
+    def reach(self, xp: Any, x: Any) -> Any:
+        """At least the largest value of x [n, B, d] @ eta, in float64, its rounding included."""
+        slope = x * self.inverse
+        beside = xp.sum(xp.abs(xp.where(self.inverse > 0.0, 0.0 * x, x)), axis=2)
+        room = (self.blur + 8 * (x.shape[-1] + 8) * UNIT) * (xp.sum(xp.abs(slope), axis=2) + beside)
+        return beside + xp.sqrt(xp.sum(slope * slope, axis=2)) - xp.sum(slope * self.middle, axis=2) + room + 2.0**-500
+
+
 class Relaxed:
     """A policy over B regions with every elementwise node replaced by lines and every rounding by an unknown."""
 
@@ -220,9 +242,12 @@ class Relaxed:
         effort: str = "backward",
         backend: Backend = NUMPY,
         ball: NDArray[np.bool_] | None = None,
+        cut: Cut | None = None,
     ) -> None:
-        """{center + generators @ zeta}: |zeta| <= 1, and of the columns in `ball` [B, d] the 2-norm, too."""
-        self.ball = backend.array(ball.astype(float)) if ball is not None and ball.any() else None
+        """{center + generators @ zeta}: |zeta| <= 1, and of the columns in `ball` [B, d] the 2-norm, too; what `cut`
+        tells of a part."""
+        self.ball = backend.array(ball.astype(float)) if ball is not None and (cut or ball.any()) else None
+        self.cut = Cut(*(backend.array(k) for k in vars(cut).values())) if cut else None
         self.network, self.backend, self.xp, self.array = network, backend, backend.xp, backend.array
         self.single, self.count = getattr(backend.xp, backend.single), len(center)
         self.center, self.generators = self.array(center), self.array(generators)
@@ -270,12 +295,14 @@ class Relaxed:
         """A float32 observation enters exactly; its form is off by the rounding of its slopes to float32."""
         xp, center = self.xp, self.center.T
         swing = xp.sum(xp.abs(self.generators), axis=2).T
-        reach = swing if self.ball is None else self._reach(xp.permute_dims(self.generators, (1, 0, 2)))
-        reach = reach + 4 * (self.generators.shape[2] + 2) * UNIT * (xp.abs(center) + swing)
-        middle = xp.astype(xp.permute_dims(self.generators, (1, 0, 2))[..., : self.columns], self.single)
-        half = reach if self.flat else UNIT32 * swing + self.columns * TINY32
+        columns = xp.permute_dims(self.generators, (1, 0, 2))
+        below, above = (swing, swing) if self.ball is None else (self._reach(-columns), self._reach(columns))
+        slip = 4 * (self.generators.shape[2] + 2) * UNIT * (xp.abs(center) + swing)
+        below, above = below + slip, above + slip
+        middle = xp.astype(columns[..., : self.columns], self.single)
+        half = xp.maximum(below, above) if self.flat else UNIT32 * swing + self.columns * TINY32
         form = _Form(center, half * INFLATE, middle, None, 0.0 * swing if self.flat else swing * (1.0 + 2 * UNIT32))
-        return _Known(center - reach, center + reach, form)
+        return _Known(center - below, center + above, form)
 
     def _affine(self, index: int, node: Affine, wanted: bool) -> _Known:
         """sum_k W_k @ source_k + bias, and what its execution in float32 may add.
@@ -289,14 +316,14 @@ class Relaxed:
         matrices, bias = _matrices(node, self.backend)
         sources = [self.known[s] for s in node.sources]
         depth = sum(m.double.shape[1] if m.dense else 1 for m in matrices) + 2 * len(matrices) + 4
-        relative = gamma(sum(self._alive(s, m) for s, m in zip(sources, matrices, strict=True)) + 2 * len(matrices) + 4)
+        terms = sum(self._alive(s, m) for s, m in zip(node.sources, matrices, strict=True))
+        relative = gamma(terms + 2 * len(matrices) + 4)
         constant = bias[:, None]
-        terms = flushed = flush = self._zeros(1, self.count)
+        flushed = flush = self._zeros(1, self.count)
         magnitude = balance = slop = middle = tilt = None
         for source, matrix in zip(sources, matrices, strict=True):
             above, below = source.sides(xp)
             reach = above + below
-            terms = terms + (self._total(xp.astype(reach > 0.0, xp.float64)) if matrix.dense else 1.0)
             flushed = flushed + self._total(reach)
             balance = _plus(balance, _times(matrix.single, xp.astype(above - below, self.single)))
             if not wanted:
@@ -331,13 +358,15 @@ class Relaxed:
         half = half * (1.0 + 1e-9) + delta + ((4 * float(gamma(float(depth), UNIT))) * volume + flush) * INFLATE
         return self._ranged(constant, half, middle, tilt)
 
-    def _alive(self, source: _Known, matrix: _Matrix) -> Any:
+    def _alive(self, index: int, matrix: _Matrix) -> Any:
         """How many terms of a sum over a node [1, B] are not exactly zero; 1 for a diagonal matrix."""
+        source, ones = self.known[index], 1.0 + self._zeros(1, self.count)
+        if not matrix.dense or (index > 0 and _never_zero(self.network.nodes[index - 1])):
+            return ones * (matrix.double.shape[1] if matrix.dense else 1)
         alive = (source.high != 0.0) | (source.low != 0.0)
         if source.form is not None:
             alive = alive | (source.form.half > 0.0) | (source.form.swing > 0.0)
-        alive = self.xp.astype(alive, self.xp.float64)
-        return self._total(alive) if matrix.dense else 1.0 + 0.0 * alive[:1]
+        return self._total(self.xp.astype(alive, self.xp.float64))
 
     def _ranged(self, constant: Any, half: Any, middle: Any, tilt: Any | None) -> _Known:
         """A form with its swing and range. Sums of float32 magnitudes are too small by a factor of 1 - g at most."""
@@ -345,9 +374,9 @@ class Relaxed:
         if tilt is None:
             below = above = swing = self._sum(middle) * (1.0 + 2 * single) + tiny
             if self.ball is not None:
-                below = above = self._reach(middle) + (2 * single * swing + tiny)
+                below, above = (self._reach(k) + (2 * single * swing + tiny) for k in (-middle, middle))
         else:
-            ends = middle - tilt, middle + tilt
+            ends = tilt - middle, tilt + middle
             below, above = (self._sum(k) for k in ends)
             swing = (below + above) * (1.0 + 4 * single) + 4 * tiny
             if self.ball is not None:
@@ -372,24 +401,29 @@ class Relaxed:
         xp = self.xp
         whole = xp.astype(x, xp.float64)
         squares = (whole * whole * self.ball) @ xp.ones_like(whole[(0,) * (x.ndim - 1)])
-        return self._sum(x * xp.astype(1.0 - self.ball, x.dtype)) + xp.sqrt(squares) + x.shape[-1] * 2.0**-511
+        own = self._sum(x * xp.astype(1.0 - self.ball, x.dtype)) + xp.sqrt(squares) + x.shape[-1] * 2.0**-511
+        return own if self.cut is None else xp.minimum(own, self.cut.reach(xp, whole))
 
     def _lines(self, node: Elementwise, low: Array, high: Array, touch: Touch | None = None) -> tuple[_Bend, list[Any]]:
         """The lines of an elementwise node, and what its form needs of them: slopes of both, and its range."""
 
         lines = relax(node, low, high, touch)
-        peak = np.maximum(np.abs(low), np.abs(high))
+        peak = np.maximum(-low, high)
         absolute, relative = node.facts.execution(node.parameters)
         execution = (absolute + relative * peak) * INFLATE
         steepest = np.maximum(np.abs(lines.slope_low), np.abs(lines.slope_high))
         largest = np.maximum(np.abs(lines.low), np.abs(lines.high))
         mean, bend = 0.5 * (lines.slope_high + lines.slope_low), 0.5 * (lines.slope_high - lines.slope_low)
-        shift, gap = 0.5 * (lines.high + lines.low), 0.5 * (lines.high - lines.low)
+        shift, gap = 0.5 * (lines.high + lines.low), lines.high - lines.low
         # rounding of what is done with these lines, here and (over node.size terms) in the backward pass
-        gap = gap * INFLATE + execution + UNIT * (32 * steepest * peak + 8 * (node.size + 8) * largest)
+        gap *= 0.5 * INFLATE
+        gap += execution
+        gap += (32 * UNIT) * (steepest * peak) + (8 * (node.size + 8) * UNIT) * largest
         if node.function == "relu":  # an inactive one is exactly zero, whatever was padded
             gap = np.where(high <= 0.0, 0.0, gap)
-        bent, live = (np.ones(node.size) @ k for k in (bend != 0.0, (bend != 0.0) | (mean != 0.0)))
+        bent = live = np.full(low.shape[1], float(node.size))
+        if not _never_zero(node):
+            bent, live = (np.ones(node.size) @ k for k in (bend != 0.0, (bend != 0.0) | (mean != 0.0)))
         rows = [self.array(np.ascontiguousarray(k.T)) for k in (mean, bend, shift, gap)]
         rows += [self.array(bent), self.array(live)]
         bottom, top = lines.bottom - execution, lines.top + execution
@@ -409,7 +443,9 @@ class Relaxed:
         over, under = 0.5 * (steep_u - steep_l), 0.5 * (steep_u + steep_l)
         steepest = under + xp.abs(over)
         # float32: 3 roundings of products that sum to at most steepest * swing, twice
-        tiny = xp.astype(steepest > 0.0, xp.float64) * (8 * TINY32) * (form.swing + self.columns * (steepest + 1.0))
+        tiny = (8 * TINY32) * (form.swing + self.columns * (steepest + 1.0))
+        if not _never_zero(node):
+            tiny = xp.where(steepest > 0.0, tiny, 0.0)
         slack = steepest * (8 * UNIT32 * form.swing + 32 * UNIT * form.half) + tiny
         constant = mean * form.constant + over * form.half + shift
         half = bend * form.constant + under * form.half + gap + slack
@@ -503,7 +539,7 @@ class Relaxed:
         middle, tilt = middle @ self.generators, tilt @ self.generators
         self.leans[index] = self.xp.permute_dims(middle, (1, 0, 2))
         # `half` has room for the rounding of these, too
-        below, above = (self._swing(k) for k in (middle - tilt, middle + tilt))
+        below, above = (self._swing(k) for k in (tilt - middle, tilt + middle))
         return constant - half - below, constant + half + above
 
     def _swing(self, x: Any) -> Any:
@@ -562,9 +598,8 @@ class Relaxed:
                 half = half + _dot(size, slip.delta)
                 if tilt is not None:
                     # a product in float32, of `terms` that are not zero; underflow, also of the coefficients themselves
-                    single, own = xp.abs(tilt), (INFLATE * gamma(terms + 4.0))[:, None] * slip.volume
-                    half = half + tilt @ bias + _dot(single, slip.delta + own)
-                    half = half + slip.tiny[:, None] * (1.0 + xp.max(single))
+                    own = (INFLATE * gamma(terms + 4.0))[:, None] * slip.volume + slip.tiny[:, None]
+                    half = half + tilt @ bias + _dot(xp.abs(tilt), slip.delta + own) + slip.tiny[:, None]
                     tilt = xp.astype(tilt, self.single)
                 found = []
                 for source, matrix in zip(node.sources, matrices, strict=True):
@@ -593,7 +628,10 @@ class Relaxed:
                     over, under = up - down, up + down  # twice what docs/soundness.md calls so
                     constant = constant + 0.5 * _dot(over, line.gap)
                     half = half + _dot(tilt, line.shift) + 0.5 * _dot(under, line.gap)
-                    found = [(node.source, middle * mean + over * bend, tilt * mean + under * bend, line.live)]
+                    new, wide = middle * mean, tilt * mean
+                    new += over * bend
+                    wide += under * bend
+                    found = [(node.source, new, wide, line.live)]
                 if trace is not None:
                     trace[index] = middle, tilt, *((None, size) if over is None else (0.5 * over, 0.5 * under))
                 if bent is not None:
@@ -737,6 +775,11 @@ def _plan(network: Network, forward: bool) -> tuple[list[bool], list[bool]]:
             affine = source > 0 and isinstance(network.nodes[source - 1], Affine) and not alone[source]
             wanted[source] = wanted[source] or wanted[index] or affine
     return wanted, alone
+
+
+def _never_zero(node: Node) -> bool:
+    """Is it not worth counting which of a node's values, or of its lines' slopes, are exactly zero?"""
+    return isinstance(node, Elementwise) and node.facts.shape(node.parameters) in ("convex", "odd")
 
 
 def _plus(a: Any | None, b: Any | None) -> Any | None:

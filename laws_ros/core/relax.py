@@ -122,26 +122,35 @@ def _odd(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Fo
     only), or b, if that lies beyond b, with the chord's slope. The lower line is the same, mirrored at (0, f(0)).
     """
     zero = float(node(np.zeros(1))[0])
-    a, b = np.stack([low, -high]), np.stack([high, -low])
+    a = np.stack([low, -high])
+    b = -a[::-1]
     g_l = node(a)
     if zero:
         g_l -= zero
     size = np.fmax(-a, 0.0)  # 0 for NaN, too
-    tangent = _touching_points(node.function)[((TABLE - 1) - (TABLE - 1) / (1.0 + size)).astype(np.intp)]
+    size += 1.0
+    tangent = _touching_points(node.function)[((TABLE - 1) - (TABLE - 1) / size).astype(np.intp)]
     width = high - low
     along = 0.5 + LEAN if touch is None else np.stack([touch[1], 1.0 - touch[0]])
-    t = np.minimum(np.maximum(tangent, a + along * width), b)
+    t = along * width + a
+    np.minimum(np.maximum(tangent, t, out=t), b, out=t)
     f_t = node(t)
     slope_t = node.derivative(t) if node.facts.by_value is None else node.facts.by_value(f_t)
-    chord = (g_l[0] + g_l[1]) / np.where(width > NARROW, -width, np.nan)
-    slope = np.where((tangent >= b) & (width > NARROW), chord, slope_t)
-    height = f_t - zero - slope * t
-    chords = slope > slope_t
+    chords = (tangent >= b) & (width > NARROW)
+    slope = slope_t
     if chords.any():
-        height += np.where(chords, (slope - slope_t) * np.maximum(t - np.maximum(a, 0.0), 0.0), 0.0)
+        slope = np.where(chords, (g_l[0] + g_l[1]) / np.where(width > NARROW, -width, 1.0), slope_t)
+    height = f_t - slope * t
+    if zero:
+        height -= zero
+    if slope is not slope_t:
+        beyond = np.maximum(t - np.maximum(a, 0.0), 0.0)
+        height += np.where(slope > slope_t, (slope - slope_t) * beyond, 0.0)
     room = 16 * UNIT * (1.0 + np.maximum(high, -low))
     height = np.maximum(g_l - slope * a, height) + room
-    return slope[1], zero - height[1], slope[0], zero + height[0], (zero + g_l[0], zero - g_l[1])
+    if zero:
+        return slope[1], zero - height[1], slope[0], zero + height[0], (zero + g_l[0], zero - g_l[1])
+    return slope[1], -height[1], slope[0], height[0], (g_l[0], -g_l[1])
 
 
 @cache
