@@ -27,9 +27,10 @@ from laws_ros.build import workloads
 WAYS = ("raw", "lanes", "rollouts")
 
 
-def rates(name: str, lanes: int, threads: int, periods: int, rounds: int) -> dict[str, Any]:
+def rates(name: str, lanes: int | None, threads: int, periods: int, rounds: int) -> dict[str, Any]:
     """Substeps per second of the three ways, of wall time and of CPU time."""
     workload = workloads.get(name)
+    lanes = lanes or workload.lanes
     # Collected, an episode ends after the benchmark's periods, so that every lane has one and ends with it.
     workload = replace(workload, spec=replace(workload.spec, episode_steps=periods))
     teacher = workloads.module(name.partition("?")[0]).teacher()
@@ -75,6 +76,7 @@ def rates(name: str, lanes: int, threads: int, periods: int, rounds: int) -> dic
     simulation.close()
     substeps = simulation.substeps * periods * lanes
     return {
+        "lanes": lanes,
         "wall": {way: substeps / seconds for way, seconds in wall.items()},
         "cpu": {way: substeps / seconds for way, seconds in cpu.items()},
     }
@@ -83,9 +85,9 @@ def rates(name: str, lanes: int, threads: int, periods: int, rounds: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=["cartpole", "arm_sort", "quadruped_walk"])
-    parser.add_argument("--lanes", type=int, default=128)
-    parser.add_argument("--periods", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lanes", type=int, help="side by side (default: the workload's)")
+    parser.add_argument("--periods", type=int, default=250, help="of an episode (theirs have 1,000 or more)")
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
@@ -93,7 +95,7 @@ def main() -> None:
     for name in options.workloads:
         for threads in sorted({0, *(2**k for k in range(1, 8) if 2**k < cores), cores} - {1}):
             found = rates(name, options.lanes, threads, options.periods, options.rounds)
-            rows.append({"workload": name, "threads": max(1, threads), "lanes": options.lanes, **found})
+            rows.append({"workload": name, "threads": max(1, threads), **found})
             if options.json:
                 continue
             wall, cpu = found["wall"], found["cpu"]

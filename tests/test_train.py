@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ for module in ("mujoco", "scipy"):
 from laws_ros.build import workloads  # noqa: E402
 from laws_ros.build.cacheable import Recipe, saturating_error  # noqa: E402
 from laws_ros.build.cartpole import SPEC, teacher  # noqa: E402
+from laws_ros.build.linear_search import Search, linear_teacher  # noqa: E402
 from laws_ros.build.regularizers import certified_gap, random_boxes  # noqa: E402
-from laws_ros.build.train import train  # noqa: E402
+from laws_ros.build.train import KINDS, train  # noqa: E402
 from laws_ros.core.card import Card  # noqa: E402
 from laws_ros.core.certify import certify  # noqa: E402
 from laws_ros.core.errors import WorkloadError  # noqa: E402
@@ -70,18 +72,28 @@ def test_manifest_keeps_other_entries(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("cartpole", 4_000_000), ("arm_sort", 4_000_000), ("quadruped_walk", 1_000_000)]
+    ("workload", "parameters"),
+    [
+        ("cartpole", 4_000_000),
+        ("arm_sort", 4_000_000),
+        ("quadruped_walk", 1_000_000),
+        ("gym:HalfCheetah-v5", 70_000),
+    ],
 )
-def test_shipped_model_is_the_one_in_the_manifest(name, parameters):
+def test_shipped_model_is_the_one_in_the_manifest(workload, parameters):
+    name = workload.removeprefix("gym:")
     entry = json.loads(share_path("models/MANIFEST.json").read_text())[f"{name}.onnx"]
     path = share_path(f"models/{name}.onnx")
     assert sha256_file(path) == entry["sha256"]
     assert entry["parameters"] >= parameters
     assert path.stat().st_size < 20_000_000
-    recipe = asdict(Recipe(**getattr(workloads.module(name), "RECIPE", {})))
+    recipe = asdict(KINDS["relu"](workload))
     assert {**asdict(Recipe()), **entry["recipe"]} == recipe  # the command in the manifest makes this model
+    assert entry.get("search") == (None if workloads.module(workload) else asdict(Search()))
     assert entry["policy_over_teacher"] >= 0.99
-    card, spec = load_card(path), workloads.get(name).spec
+    if name != workload:
+        pytest.importorskip("gymnasium", reason="needs Gymnasium: pip install 'laws_ros[gym]'")
+    card, spec = load_card(path), workloads.get(workload).spec
     assert (card.observations, card.actions, card.context) == (spec.observations, spec.actions, spec.context)
 
 
@@ -107,8 +119,24 @@ def test_contexts_have_boxes_of_their_own(tmp_path):
 
 def test_workload_without_teacher(tmp_path):
     pytest.importorskip("gymnasium", reason="needs Gymnasium: pip install 'laws_ros[gym]'")
-    with pytest.raises(WorkloadError, match="no teacher"):
-        train("gym:Pendulum-v1", tmp_path)
+    for name in ("encounter", "gym:CartPole-v1"):
+        with pytest.raises(WorkloadError, match="no teacher"):
+            train(name, tmp_path)
+
+
+def test_an_environment_gets_a_linear_teacher_that_is_searched_for(tmp_path):
+    pytest.importorskip("gymnasium", reason="needs Gymnasium: pip install 'laws_ros[gym]'")
+    search, lines = Search(iterations=8, directions=8, best=8, length=200, every=4, episodes=2), []
+    recipe = Recipe(hidden=16, steps=20, rounds=0, episodes=2, straight=True, check_episodes=2, parity_samples=100)
+    entry = train("gym:InvertedPendulum-v5", tmp_path, recipe=recipe, search=search, log=lines.append)
+    returns = [float(re.match(r"search \d+: return ([-\d.]+)", line)[1]) for line in lines if "search" in line]
+    assert len(returns) == 2 and entry["teacher_return"] > 20.0  # of 1000; without any control it falls within 10
+    assert entry["search"] == asdict(search) and entry["command"] == "laws train gym:InvertedPendulum-v5 --seed 0"
+    assert Policy(tmp_path / "InvertedPendulum-v5.onnx").card.name == "gym:InvertedPendulum-v5"
+    workload = workloads.get("gym:InvertedPendulum-v5")
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    one, two, other = (linear_teacher(workload, replace(search, iterations=1), seed)(x) for seed in (0, 0, 1))
+    assert np.array_equal(one, two) and not np.array_equal(one, other)
 
 
 def test_teacher_survives_pushes():

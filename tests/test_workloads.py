@@ -76,6 +76,16 @@ def test_same_seed_same_bits_whatever_the_lanes_and_threads(workload):
     assert not equal(one, workloads.rollouts(workload, policy, episodes=4, seed=6, lanes=3))
 
 
+def test_a_lane_that_starts_later_meets_the_same_noise():
+    """Longer than a block of noise, and the fourth episode begins in the middle of one."""
+    cartpole = workloads.get("cartpole")
+    cartpole = replace(cartpole, spec=replace(cartpole.spec, episode_steps=200))
+    policy = workloads.module("cartpole").teacher()
+    one, three = (workloads.rollouts(cartpole, policy, episodes=4, seed=5, lanes=lanes) for lanes in (1, 3))
+    assert equal(one, three) and all(len(rewards) == 200 for rewards in one.rewards)
+    assert all(not np.array_equal(x[:70], x[128:198]) for x in one.observations)
+
+
 def test_the_batch_is_as_many_single_simulations(workload):
     if workload.batch is None:
         pytest.skip("this workload has no batch of its own; single simulations are stacked")
@@ -180,7 +190,7 @@ def test_cartpole_falls_without_control():
         ("arm_sort?zipf=-1", "zipf: '-1' is no number from"),
         ("arm_sort?zipf=nan", "zipf: 'nan' is no number from"),
         ("quadruped_walk?ground=ice", "ground: 'ice' is none of .*flat"),
-        ("gym:CartPol-v1", "did you mean gym:CartPole-v1"),
+        ("gym:CartPol-v1", "`CartPol` doesn't exist; did you mean gym:CartPole-v1"),
         ("gym:CartPole-v99", "CartPole"),
         ("gym:Blackjack-v1", "observation space Tuple.*supported are Box observations"),
         ("gym:no_such_module:Env-v0", "no_such_module"),

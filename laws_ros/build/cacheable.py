@@ -32,7 +32,8 @@ class Recipe(Lessons):
         boxes, every: boxes per penalised step, and how often one comes.
         half_width: largest half-width of a box along the data's principal axes, in standard deviations.
         relaxation, rounding: weights of the two parts of the certified gap.
-        straight: start from the best affine policy of every context (build/straight.py).
+        straight: start from the best affine policy of every context (build/straight.py),
+        room, ridge, fan_in: in that way.
     """
 
     kind: ClassVar[str] = "relu"
@@ -50,6 +51,9 @@ class Recipe(Lessons):
     relaxation: float = 0.05
     rounding: float = 1.0
     straight: bool = False
+    room: float = 1.0
+    ridge: float = 1e-3
+    fan_in: int = 0
     check_episodes: int = 200
     parity_samples: int = 20000
 
@@ -141,7 +145,8 @@ class CacheableStudent(Student):
         wanted = (self.teacher(points) - self.middle) / self.limit
         wanted = np.clip(wanted, -1.0, 1.0) if self.limited else wanted
         x, y = torch.from_numpy((points - self.mean) * self.scale), torch.from_numpy(wanted.astype(np.float32))
-        start_straight(self.net, x, y, self.discrete, self.random)
+        how = self.recipe.room, self.recipe.ridge, self.recipe.fan_in
+        start_straight(self.net, x, y, self.discrete, self.random, *how)
 
     def loss(self, rows: NDArray[np.intp]) -> Tensor:
         recipe = self.recipe

@@ -54,14 +54,13 @@ class CartpoleLanes(MujocoLanes):
         super().__init__(SPEC, model, lanes, threads, noise=len(NOISE), inputs=["xfrc_applied"])
         self._bodies = [(model.body(name).id, force) for name, force in PUSH_N.items()]
         self._pending = np.zeros((lanes, 1))
-        self._push_ends = np.zeros(lanes)
-        self._next_push = np.zeros(lanes)
+        self._pushed, self._push_ends, self._next_push = np.zeros(lanes, bool), np.zeros(lanes), np.zeros(lanes)
 
     def start(self, lane: int, rng: np.random.Generator) -> None:
         start = rng.uniform(-START, START)
         self.qpos[lane], self.qvel[lane] = start[:2], start[2:]
         self._pending[lane] = 0.0
-        self._push_ends[lane] = 0.0
+        self._pushed[lane], self._push_ends[lane] = False, 0.0
         self._next_push[lane] = rng.exponential(1.0 / PUSHES_PER_S)
 
     def act(self, actions: NDArray[np.float64]) -> None:
@@ -80,12 +79,13 @@ class CartpoleLanes(MujocoLanes):
     def _push(self) -> None:
         """Poisson-timed pulses on the cart or the pole; one that would overlap the last is put off to its end."""
         ended = self.time >= self._push_ends
-        self.xfrc[ended] = 0.0
+        for lane in np.flatnonzero(ended & self._pushed):
+            self.xfrc[lane], self._pushed[lane] = 0.0, False
         for lane in np.flatnonzero(ended & (self.time >= self._next_push)):
             rng, now = self.rng[lane], self.time[lane]
             body, force = self._bodies[rng.integers(len(self._bodies))]
             self.xfrc[lane, body, 0] = rng.uniform(-force, force)
-            self._push_ends[lane] = now + PUSH_S
+            self._pushed[lane], self._push_ends[lane] = True, now + PUSH_S
             self._next_push[lane] = now + rng.exponential(1.0 / PUSHES_PER_S)
 
 
@@ -94,7 +94,7 @@ PARAMETERS: dict[str, Parameter] = {}
 
 def workload() -> Workload:
     """The cart-pole; it has no parameters."""
-    return lanes_workload(SPEC, CartpoleLanes)
+    return lanes_workload(SPEC, CartpoleLanes, lanes=512)
 
 
 WORKLOAD = workload()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,8 @@ from laws_ros.core.errors import WorkloadError
 
 from .workloads import Step, Workload, WorkloadSpec, index_action, vector_action
 
+# Shares of each action's range, by `laws calibrate` with a policy of models/: docs/adr/0020-workload-figures.md
+CALIBRATED = {"HalfCheetah-v5": 0.0035}
 SUPPORTED = "supported are Box observations (flattened, no images) and Box or Discrete actions"
 
 
@@ -44,6 +48,7 @@ def workload(name: str) -> Workload:
             discrete=isinstance(acted, spaces.Discrete),
             period_s=_period(env),
             episode_steps=(env.spec and env.spec.max_episode_steps) or 1000,
+            tolerance=CALIBRATED.get(env_id),
         )
     finally:
         env.close()
@@ -96,7 +101,8 @@ class _GymSimulation:
 
 def _make(env_id: str, **options: Any) -> Any:
     try:
-        return gymnasium.make(env_id, disable_env_checker=True, **options)
+        with _unlogged():
+            return gymnasium.make(env_id, disable_env_checker=True, **options)
     except (gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         raise WorkloadError(f"gym:{env_id}: {_line(error)}; pip install 'gymnasium[all]' brings it") from None
     except gymnasium.error.Error as error:
@@ -105,9 +111,27 @@ def _make(env_id: str, **options: Any) -> Any:
         raise WorkloadError(f"gym:{env_id}: {_line(error)}{hint}") from None
 
 
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without MuJoCo's warnings about the environment's own model, which it prints, and logs into this folder, again
+    for every simulation."""
+    try:
+        import mujoco
+    except ModuleNotFoundError:
+        yield
+        return
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda text: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
 def _line(error: Exception) -> str:
-    """The first line of an error's message; Gymnasium's own suggestions on later lines are left out."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line of an error's message, without what Gymnasium itself suggests."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(" Did you mean")[0].rstrip(".")
 
 
 def _brief(space: Any) -> str:

@@ -79,9 +79,9 @@ class MujocoLanes(ABC):
         self.sensors = np.zeros((lanes, model.nsensordata))
         self.rng = [np.random.default_rng(0)] * lanes
         self._sensor_rng = list(self.rng)
-        self._noise = np.zeros((lanes, NOISE_BLOCK, noise))
-        self._drawn = np.full(lanes, NOISE_BLOCK)
-        self._z = np.zeros((lanes, noise))
+        # Row `_turn` is everyone's next noise; a lane's block began, and is drawn anew, at the row `_began`.
+        self._noise = np.zeros((NOISE_BLOCK, lanes, noise))
+        self._turn, self._began = 0, np.zeros(lanes, int)
         shape = (lanes, self.substeps)
         self._controls = np.zeros((*shape, self._inputs.shape[1]))
         self._states = np.zeros((*shape, self._state.shape[1]))
@@ -114,21 +114,23 @@ class MujocoLanes(ABC):
         for lane, seed in zip(lanes, seeds, strict=True):
             self.rng[lane], self._sensor_rng[lane] = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(2))
             self._state[lane], self._inputs[lane] = self._initial, self._neutral
-            self._drawn[lane] = NOISE_BLOCK
+            self._draw(lane)
             self.start(lane, self.rng[lane])
             if self.sensors.shape[1]:
                 self.sensors[lane] = self.load(lane, self._scratch[0]).sensordata
-        self._draw(np.asarray(lanes))
-        return self.observe(self._z).astype(np.float32)[list(lanes)]
+        return self.observe(self._noise[self._turn]).astype(np.float32)[list(lanes)]
 
     def step(self, actions: NDArray[Any], running: NDArray[np.bool_] | None = None) -> BatchStep:
-        """One control period of the lanes that run; the others stand still and what they return means nothing."""
+        """One control period of the lanes that run; the others stand still until they are reset, and what they return
+        means nothing."""
         self.act(vector_actions(self.spec, actions))
         rows = self._everyone if running is None or running.all() else np.flatnonzero(running)
         self._advance(rows)
         rewards, terminated = self.judge()
-        self._draw(rows)
-        return BatchStep(self.observe(self._z).astype(np.float32), rewards, terminated)
+        self._turn = (self._turn + 1) % NOISE_BLOCK
+        for lane in np.flatnonzero(self._began == self._turn):
+            self._draw(int(lane))
+        return BatchStep(self.observe(self._noise[self._turn]).astype(np.float32), rewards, terminated)
 
     def close(self) -> None:
         self._pool.close()
@@ -158,18 +160,16 @@ class MujocoLanes(ABC):
             sensordata=sensed,
             skip_checks=True,
         )
-        self._state[rows] = states[:, -1]
-        self.sensors[rows] = sensed[:, -1]
+        where = slice(None) if everyone else rows
+        self._state[where] = states[:, -1]
+        self.sensors[where] = sensed[:, -1]
 
-    def _draw(self, rows: NDArray[np.intp]) -> None:
-        """The next standard normals of some lanes."""
-        if not self._z.shape[1]:
-            return
-        for lane in rows[self._drawn[rows] == NOISE_BLOCK]:
-            self._noise[lane] = self._sensor_rng[lane].standard_normal(self._noise.shape[1:])
-            self._drawn[lane] = 0
-        self._z[rows] = self._noise[rows, self._drawn[rows]]
-        self._drawn[rows] += 1
+    def _draw(self, lane: int) -> None:
+        """The next block of standard normals of a lane, from now on."""
+        block = self._sensor_rng[lane].standard_normal((NOISE_BLOCK, self._noise.shape[2]))
+        rest = NOISE_BLOCK - self._turn
+        self._noise[self._turn :, lane], self._noise[: self._turn, lane] = block[:rest], block[rest:]
+        self._began[lane] = self._turn
 
 
 class OneLane:
@@ -198,9 +198,14 @@ class OneLane:
         self.lanes.close()
 
 
-def lanes_workload(spec: WorkloadSpec, factory: Callable[[int, int], MujocoLanes]) -> Workload:
-    """The workload of a factory (lanes, threads) -> MujocoLanes."""
-    return Workload(spec, partial(OneLane, factory), factory)
+def lanes_workload(spec: WorkloadSpec, factory: Callable[[int, int], MujocoLanes], lanes: int = 128) -> Workload:
+    """The workload of a factory (lanes, threads) -> MujocoLanes.
+
+    Args:
+        lanes: side by side by default: as many as make a period some milliseconds of physics, beside which NumPy's
+            calls and the waking of threads are little (docs/adr/0020-workload-figures.md).
+    """
+    return Workload(spec, partial(OneLane, factory), factory, lanes)
 
 
 def _bit(name: str) -> int:

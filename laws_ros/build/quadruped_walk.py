@@ -125,7 +125,7 @@ class QuadrupedLanes(MujocoLanes):
         self._count = np.zeros(lanes, np.int64)
         self._mean = np.zeros((lanes, 3))
         self._target, self._next_target = np.zeros((lanes, 3)), np.zeros(lanes)
-        self._next_push, self._push_ends = np.zeros(lanes), np.zeros(lanes)
+        self._pushed, self._push_ends, self._next_push = np.zeros(lanes, bool), np.zeros(lanes), np.zeros(lanes)
 
     def start(self, lane: int, rng: np.random.Generator) -> None:
         self._rough[lane] = self._ground == "rough" or (self._ground == "mixed" and rng.random() < 0.5)
@@ -138,7 +138,7 @@ class QuadrupedLanes(MujocoLanes):
         self._pending[lane], self._mean[lane], self._count[lane] = 0.0, 0.0, rng.integers(CYCLE)
         self.command[lane] = self._target[lane] = 0.0
         self._next_target[lane] = rng.uniform(0.5, 1.5)
-        self.pushes[lane], self._push_ends[lane] = 0, 0.0
+        self.pushes[lane], self._pushed[lane], self._push_ends[lane] = 0, False, 0.0
         self._next_push[lane] = PUSH_GAP_S + rng.exponential(PUSH_MEAN_S)
 
     def act(self, actions: Floats) -> None:
@@ -153,15 +153,16 @@ class QuadrupedLanes(MujocoLanes):
 
         A trot sways; what counts is the velocity's running mean over about a gait cycle.
         """
-        self._mean += (np.stack([*self.velocity(), self.qvel[:, 5]], axis=1) - self._mean) / CYCLE
+        axes = self._axes()
+        self._mean += (np.stack([*self._velocity(axes), self.qvel[:, 5]], axis=1) - self._mean) / CYCLE
         off = ((self._mean - self.command) ** 2).sum(axis=1)
         rewards = 1.0 / (1.0 + off / TRACKING) - 1e-4 * (self.sensors**2).sum(axis=1)
         height = self.qpos[:, 2] - self._height(self.qpos[:, 0], self.qpos[:, 1], self._rough)
-        return rewards, (height < LOWEST_M) | (self._axes()[2][2] < STEEPEST)
+        return rewards, (height < LOWEST_M) | (axes[2, 2] < STEEPEST)
 
     def observe(self, noise: Floats) -> Floats:
-        _, _, up = self._axes()
-        felt = np.stack([-up[0], -up[1], *self.qvel[:, 3:].T[:3], *self.velocity()], axis=1)
+        axes = self._axes()
+        felt = np.stack([*-axes[2, :2], *self.qvel[:, 3:].T[:3], *self._velocity(axes)], axis=1)
         return np.concatenate([felt + NOISE * noise, self.command, self._count[:, None]], axis=1)
 
     def _axes(self) -> Floats:
@@ -177,7 +178,10 @@ class QuadrupedLanes(MujocoLanes):
 
     def velocity(self) -> tuple[Floats, Floats]:
         """Horizontal velocity of the trunk along its heading and to the left [lanes], m/s."""
-        (x, _, _), (y, _, _), _ = self._axes()
+        return self._velocity(self._axes())
+
+    def _velocity(self, axes: Floats) -> tuple[Floats, Floats]:
+        x, y = axes[:2, 0]
         length = np.sqrt(x * x + y * y) + 1e-9
         vx, vy = self.qvel[:, 0], self.qvel[:, 1]
         return (x * vx + y * vy) / length, (x * vy - y * vx) / length
@@ -195,13 +199,14 @@ class QuadrupedLanes(MujocoLanes):
     def _shove(self) -> None:
         """Pulses of PUSH_S on the trunk's centre of mass, horizontal, in any direction."""
         ended = self.time > self._push_ends - PERIOD_S / 2
-        self.xfrc[ended, self._trunk] = 0.0
+        for lane in np.flatnonzero(ended & self._pushed):
+            self.xfrc[lane, self._trunk], self._pushed[lane] = 0.0, False
         for lane in np.flatnonzero(ended & (self.time >= self._next_push)):
             rng, now = self.rng[lane], self.time[lane]
             angle = rng.uniform(-np.pi, np.pi)
             self.xfrc[lane, self._trunk, :2] = self._push / PUSH_S * np.cos(angle), self._push / PUSH_S * np.sin(angle)
             self.pushes[lane] += 1
-            self._push_ends[lane] = now + PUSH_S
+            self._pushed[lane], self._push_ends[lane] = True, now + PUSH_S
             self._next_push[lane] = now + PUSH_GAP_S + rng.exponential(PUSH_MEAN_S)
 
     def _steer(self) -> None:
@@ -272,9 +277,9 @@ _PHASE = np.array([0.0, 0.5, 0.5, 0.0])  # a trot: diagonal legs together
 def teacher(gait: Gait | None = None) -> Callable[[NDArray[Any]], Floats]:
     """A trot by foot placement (Raibert 1986): observations [N, 11] to actions [N, 12], *before* they saturate.
 
-    Feet follow the command through a fixed cycle, the joints by the leg's geometry. Where the trunk is not as it should
-    be, feet move by a matrix times what is wrong, the joints by the geometry's slope at the foot's place in the cycle.
-    So at each step of the clock the policy bends with the command and is linear in what the sensors feel.
+    Feet follow the command through a fixed cycle and move by a matrix times what is wrong with the trunk, the joints by
+    the slope of the leg's geometry at the foot's place in the cycle of a trot on the spot. So at each step of the clock
+    the teacher is affine. With the geometry itself it is no better (docs/adr/0020-workload-figures.md).
     """
     g = gait or Gait()
     phase = (np.arange(CYCLE)[:, None] / CYCLE + _PHASE) % 1.0  # [CYCLE, 4], as the next four
@@ -293,9 +298,9 @@ def teacher(gait: Gait | None = None) -> Callable[[NDArray[Any]], Floats]:
         y = (HIP_M + g.apart) * _SIDE + way[step] * (left + turn * _HIP_X)
         return np.stack([x, y, lift[step] - g.height], axis=2)
 
-    everywhere = feet(np.arange(CYCLE), np.zeros((CYCLE, 3)))
-    nudge = 1e-5 * np.eye(3)
-    slope = np.stack([(_joints(everywhere + d) - _joints(everywhere - d)) / 2e-5 for d in nudge], axis=3)
+    on_the_spot = feet(np.arange(CYCLE), np.zeros((CYCLE, 3)))
+    pose, nudge = _joints(on_the_spot), 1e-5 * np.eye(3)
+    slope = np.stack([(_joints(on_the_spot + d) - _joints(on_the_spot - d)) / 2e-5 for d in nudge], axis=3)
 
     def act(observations: NDArray[Any]) -> Floats:
         seen = observations.astype(float)
@@ -306,8 +311,9 @@ def teacher(gait: Gait | None = None) -> Callable[[NDArray[Any]], Floats]:
         y = brake[1, step] * fast_y + g.turn * fast_turn * _HIP_X + g.lean_y * gy - g.catch_y * roll_rate
         roll, pitch = g.damp_roll * roll_rate - g.level_roll * gy, g.damp_pitch * pitch_rate + g.level_pitch * gx
         z = np.where(stance[step], _FOOT_Y * roll - _HIP_X * pitch, 0.0)
-        moved = np.einsum("nlij,nlj->nli", slope[step], np.stack([x, y, z], axis=2))
-        return ((_joints(feet(step, seen[:, 7:10])) + moved).reshape(-1, 12) - STANCE) / REACH
+        moved = feet(step, seen[:, 7:10]) - on_the_spot[step] + np.stack([x, y, z], axis=2)
+        joints = pose[step] + np.einsum("nlij,nlj->nli", slope[step], moved)
+        return (joints.reshape(-1, 12) - STANCE) / REACH
 
     return act
 
@@ -325,11 +331,16 @@ def _joints(feet: Floats) -> Floats:
 # What `laws train quadruped_walk` does differently (build.cacheable.Recipe).
 RECIPE: dict[str, Any] = {
     "hidden": 1024,
-    "steps": 4000,
-    "rounds": 2,
+    "steps": 300,
+    "learning_rate": 2e-5,
+    "rounds": 1,
     "episodes": 48,
     "jitter": 0.5,
-    "relaxation": 0.01,
+    "half_width": 1.0,
+    "rounding": 0.2,
     "straight": True,
+    "room": 3.0,
+    "ridge": 1e-4,
+    "fan_in": 32,
     "check_episodes": 100,
 }

@@ -1,5 +1,6 @@
 """Train a full policy: a workload's teacher, brought into a large network, exported, checked and recorded.
 
+A Gymnasium environment has no teacher of its own; a linear one is searched for first (linear_search.py).
 What kind of network is the recipe's choice: `cacheable.Recipe` (the default) or `diffusion.Recipe`.
 """
 
@@ -23,13 +24,20 @@ from laws_ros.runtime.policy import Policy
 
 from . import diffusion
 from .cacheable import Recipe
+from .linear_search import Search, linear_teacher
 from .student import Lessons, Student, Teacher
 from .workloads import Workload, get, module
 
-KINDS: dict[str, Callable[[str], Lessons]] = {
-    "relu": lambda workload_name: Recipe(**getattr(module(workload_name), "RECIPE", {})),
-    "diffusion": lambda workload_name: diffusion.Recipe(),
-}
+# What a Gymnasium environment gets: a network of the size that its own users give it.
+GYM_RECIPE = Recipe(hidden=256, steps=3000, rounds=1, episodes=32, straight=True, check_episodes=100)
+
+
+def _relu(workload_name: str) -> Recipe:
+    lesson = module(workload_name)
+    return Recipe(**getattr(lesson, "RECIPE", {})) if lesson else GYM_RECIPE
+
+
+KINDS: dict[str, Callable[[str], Lessons]] = {"relu": _relu, "diffusion": lambda workload_name: diffusion.Recipe()}
 
 
 def train(
@@ -39,15 +47,17 @@ def train(
     seed: int = 0,
     log: Callable[[str], None] = print,
     recipe: Lessons | None = None,
+    search: Search | None = None,
 ) -> dict[str, Any]:
     """Train, export and check a full policy of a workload.
 
     Writes NAME.onnx (of a kind other than relu NAME_KIND.onnx), its card and its entry in MANIFEST.json in `out_dir`.
 
     Args:
-        workload_name: a workload that has a teacher.
+        workload_name: a workload that has a teacher, or `gym:ENV_ID`.
         log: takes lines of progress.
         recipe: default the workload's own for a relu network.
+        search: for the teacher of a Gymnasium environment.
 
     Returns:
         The manifest's entry.
@@ -56,19 +66,22 @@ def train(
         WorkloadError: unknown workload, or one without a teacher.
     """
     workload, lesson = get(workload_name), module(workload_name)
-    if not hasattr(lesson, "teacher"):
+    if lesson and not hasattr(lesson, "teacher"):
         raise WorkloadError(f"workload {workload_name!r} has no teacher to train from")
-    recipe = recipe or KINDS["relu"](workload_name)
+    recipe, search = recipe or KINDS["relu"](workload_name), search or Search()
+    teacher = lesson.teacher() if lesson else linear_teacher(workload, search, seed, log)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    name, which = workload_name.partition("?")[0], ""
+    name, which = workload_name.partition("?")[0].rpartition(":")[2].replace("/", "_"), ""
     if recipe.kind != "relu":
         name, which = f"{name}_{recipe.kind}", f" --policy {recipe.kind}"
     path, spec = out / f"{name}.onnx", workload.spec
     card = Card(spec.name, spec.observations, spec.actions, context=spec.context)
-    entry = distil(workload, lesson.teacher(), path, card, recipe, seed=seed, log=log)
+    entry = distil(workload, teacher, path, card, recipe, seed=seed, log=log)
     command = f"laws train {workload_name}{which} --seed {seed}"
     entry = {"sha256": entry.pop("sha256"), "command": command, **entry}
+    if not lesson:
+        entry["search"] = asdict(search)
     manifest = out / "MANIFEST.json"
     entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
     manifest.write_text(json.dumps({**entries, path.name: entry}, indent=2) + "\n")

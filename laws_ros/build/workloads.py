@@ -11,6 +11,7 @@ import difflib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -164,12 +165,14 @@ class Workload:
 
     Attributes:
         batch: (lanes, threads) -> BatchSimulation, where the workload has one of its own.
+        lanes: how many simulations run side by side, unless told otherwise.
         recorded: of a bag: the observations float32[T, n] of every recorded stretch. It cannot be simulated.
     """
 
     spec: WorkloadSpec
     simulation: Callable[[], Simulation]
     batch: Callable[[int, int], BatchSimulation] | None = None
+    lanes: int = 32
     recorded: tuple[NDArray[np.float32], ...] | None = None
 
 
@@ -286,7 +289,12 @@ def vector_actions(spec: WorkloadSpec, actions: Any) -> NDArray[np.float64]:
             f"{spec.name}: action {(wrong if len(wrong) else vectors[:1])[0].tolist()}: {len(spec.actions)} finite "
             "values are needed"
         )
-    return np.clip(vectors, [c.low for c in spec.actions], [c.high for c in spec.actions])
+    return np.clip(vectors, *_limits(spec))
+
+
+@lru_cache(maxsize=16)
+def _limits(spec: WorkloadSpec) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.array([c.low for c in spec.actions]), np.array([c.high for c in spec.actions])
 
 
 def index_action(spec: WorkloadSpec, action: Any) -> int:
@@ -338,7 +346,7 @@ def rollouts(
 
     Args:
         policy: maps a batch of observations [N, n] to actions [N, m]; for a discrete workload to indices [N, 1].
-        lanes: how many simulations run side by side; by default 128, or 32 where each is a Python object of its own.
+        lanes: how many simulations run side by side; by default the workload's.
         first: number of the first episode.
         threads: for the physics of a batched simulation, by default one per core that this process may use.
         progress: told the numbers of episodes that are over and of steps done, once per step of all lanes.
@@ -349,7 +357,7 @@ def rollouts(
     if workload.recorded is not None:
         raise WorkloadError(f"{workload.spec.name}: is a recording, which cannot be simulated")
     spec = workload.spec
-    lanes = min(lanes or (128 if workload.batch else 32), episodes)
+    lanes = min(lanes or workload.lanes, episodes)
     threads = _cores() if threads is None else threads
     simulation = batched(workload)(lanes, threads if threads > 1 and lanes > 1 else 0)
     log: list[tuple[NDArray[Any], ...]] = []  # of every step: the episode of each row, observations, actions, rewards
@@ -361,16 +369,16 @@ def rollouts(
         following, steps, over = first + lanes, 0, 0
         padded: NDArray[np.float32] | None = None
         while running.any():
-            rows = np.flatnonzero(running)
+            rows = slice(None) if running.all() else np.flatnonzero(running)
             actions = np.array(policy(current[rows]), dtype=np.float32)
             if padded is None:
                 padded = np.zeros((lanes, *actions.shape[1:]), np.float32)
             padded[rows] = actions
             step = simulation.step(padded, running)
-            log.append((episode[rows], current[rows], actions, step.rewards[rows]))
+            log.append((episode[rows].copy(), current[rows], actions, step.rewards[rows]))
             current = step.observations
             length += running
-            steps += len(rows)
+            steps += len(actions)
             ended = np.flatnonzero(running & (step.terminated | (length >= spec.episode_steps)))
             over += len(ended)
             fresh = ended[: max(0, first + episodes - following)]
