@@ -29,7 +29,7 @@ from laws_ros.core.collapsed import KEPT, LINE, States, multiply_out, pieces
 from laws_ros.core.errors import LibraryError, ModelError
 from laws_ros.core.library import Library
 from laws_ros.core.network import Affine, Elementwise, Network, Normalize
-from laws_ros.core.region import Regions
+from laws_ros.core.region import Regions, clamped
 from laws_ros.core.trie import Trie
 from laws_ros.runtime.cached_policy import CachedPolicy
 from laws_ros.runtime.experts import Experts
@@ -88,14 +88,15 @@ def break_collapsed(
         observations tried inside regions, how many broke a bound (or met a NaN), and the worst error seen [E, m].
     """
     experts, n = Experts(certificates, policy), network.inputs
-    inverse = np.linalg.inv(certificates.transform)
+    inverse, ball = np.linalg.inv(certificates.transform), certificates.regions.ball
     tried = broken = 0
     worst = np.zeros(certificates.bound_offset.shape)
     for k in range(len(certificates)):
         small = multiply_out(network, States.of(certificates, k, network)).network()
         xi = rng.uniform(-1, 1, (per_region, n))
         corners = rng.random(per_region) < 0.3
-        xi[corners] = np.sign(xi[corners]) * (1 - 1e-7)
+        xi[corners] = np.sign(xi[corners])
+        xi = clamped(xi, ball[[k]])
         climb = np.flatnonzero(rng.random(per_region) < 0.4)
         seed = np.eye(network.outputs)[rng.integers(network.outputs, size=len(climb))]
         seed *= rng.choice([-1.0, 1.0], size=(len(climb), 1))
@@ -103,7 +104,7 @@ def break_collapsed(
             x = certificates.center[k] + xi[climb] @ inverse[k].T
             with np.errstate(all="ignore"):
                 gradient = network.gradient(x, seed) - small.gradient(x, seed)
-            xi[climb] = np.clip(xi[climb] + np.sign(gradient @ inverse[k]) / (step + 1), -1 + 1e-7, 1 - 1e-7)
+            xi[climb] = clamped(xi[climb] + np.sign(gradient @ inverse[k]) / (step + 1), ball[[k]])
         x = (certificates.center[k] + xi @ inverse[k].T).astype(np.float32)
         index = np.full(per_region, k)
         inside, _, bound = certificates.at(index, x)
@@ -134,7 +135,8 @@ def test_bounds_survive_sampling_and_attack_and_are_proved_again(tmp_path, activ
     policy, network = mlp(tmp_path, sizes, activation, clip)
     checker = Checker(network)
     for radius in (1e-4, 0.05, 0.3):
-        certificates = collapse(network, random_regions(rng, 12, sizes[0], radius), kind, np.full(sizes[-1], 0.05))
+        regions = replace(random_regions(rng, 12, sizes[0], radius), round=np.tile([0, sizes[0]], 6).astype(np.int32))
+        certificates = collapse(network, regions, kind, np.full(sizes[-1], 0.05))
         assert np.isfinite(certificates.bound_offset).all()
         assert (certificates.bound_offset <= 0.05).all()  # exact: rounding only, far below
         tried, broken, _ = break_collapsed(policy, network, certificates, rng)

@@ -164,6 +164,16 @@ def test_another_policy_or_card_is_refused_with_the_difference(built) -> None:
     library.check_policy(library.policy_sha256, card, "l.laws", "p.onnx")
 
 
+def test_entropy_and_the_size_that_it_predicts(built) -> None:
+    count = len(built.library)
+    even = replace(built.library, visits=np.full(count, 1000))
+    assert even.entropy == pytest.approx(np.log2(count)) and even.predicted(np.e) == pytest.approx(count)
+    one = replace(built.library, visits=np.where(np.arange(count) == 0, 10**9, 0))
+    assert 0 < one.entropy < 0.01 and one.predicted(1.0) == 0.0 < one.predicted(100.0) < 5.0
+    none = replace(built.library, certificates=built.library.certificates[:0], visits=np.zeros(0, np.int64))
+    assert none.entropy == 0.0
+
+
 def test_ids_name_content_not_position(built) -> None:
     order = np.random.default_rng(0).permutation(len(built.library))
     shuffled = replace(built.library, certificates=built.library.certificates[order])

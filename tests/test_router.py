@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from laws_ros.core.library import Library
 from laws_ros.core.router import Tables
 from laws_ros.runtime import routing
 from laws_ros.runtime.cached_policy import CachedPolicy, check_tolerance
+from laws_ros.runtime.experts import Experts, bound_call
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
 from laws_ros.runtime.routing import Router
@@ -281,6 +283,38 @@ def test_answers_leave_nothing_behind(built) -> None:
     blocks()
     before = blocks()
     assert blocks() - before < 200  # of the interpreter's memory, after ten thousand hits
+
+
+def test_a_hit_is_the_experts_answer_by_whatever_call_it_is_run(built) -> None:
+    cached, x = CachedPolicy(built.library, built.policy), queries(built, 12, 200)
+    alone = Experts(built.library.certificates, built.policy)  # with buffers of its own
+    hits = 0
+    for row, region in zip(x, cached.router.many(x), strict=True):
+        cached._experts(0, x[0])  # leaves another expert and another observation in the buffers
+        answer = cached.lookup(row)
+        assert (answer is not None) == (region >= 0)
+        if answer is not None:
+            hits += 1
+            np.testing.assert_array_equal(answer.action, np.clip(alone(region, row), -1, 1))
+    assert hits > 50
+
+    model = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["y"])],
+        "negative",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])],
+    )
+    made = helper.make_model(model, opset_imports=[helper.make_opsetid("", 17)])
+    made.ir_version = 8
+    run = session(made.SerializeToString(), "negative")
+    source, target, binding = np.array([1, 2, 3], np.float32), np.zeros(3, np.float32), run.io_binding()
+    binding.bind_input("x", "cpu", 0, np.float32, (3,), source.ctypes.data)
+    binding.bind_output("y", "cpu", 0, np.float32, (3,), target.ctypes.data)
+    public = SimpleNamespace(run_with_iobinding=run.run_with_iobinding)  # a release without the inner object
+    for call in (bound_call(run, binding), bound_call(public, binding)):
+        target[:] = 0
+        call()
+        np.testing.assert_array_equal(target, -source)
 
 
 def test_an_empty_library_leaves_everything_to_the_policy(built) -> None:

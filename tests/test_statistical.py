@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from onnx import helper
 
+from laws_ros.build import statistical
 from laws_ros.build.statistical import examine, grow_statistical, trial
 from laws_ros.build.verify import verify
 from laws_ros.build.workloads import Step, Workload, WorkloadSpec, rollouts
@@ -144,6 +145,31 @@ def test_a_library_for_a_policy_that_nothing_can_be_proved_about(policy, grown, 
     beyond = [bool((np.abs(a.action - policy.decide(policy(row))) > a.bound).any()) for row, a in hits]
     assert np.mean(beyond) <= DELTA
     assert cached.lookup(np.array([40.0, 0.0], np.float32)) is None  # outside every box
+
+
+def test_bounds_are_chosen_by_episodes_that_the_expert_was_not_fitted_to(tmp_path, monkeypatch) -> None:
+    """A wave too quick to be fitted, in 24 sensors: an expert looks better where it was fitted than anywhere else."""
+    n, rng = 24, np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["observation", "quick"], ["phase"], name="phase"),
+        helper.make_node("Sin", ["phase"], ["action"], name="wave"),
+    ]
+    save_model(tmp_path / "p.onnx", nodes, {"quick": 99 * rng.normal(size=(n, 1)).astype(np.float32)}, n, 1)
+    policy = Policy(tmp_path / "p.onnx")
+    monkeypatch.setattr(statistical, "ROOM", 1.0)
+
+    def beyond(every: int, length: int) -> float:
+        """How often fresh observations are beyond the bound of an expert from `every` episodes of that length."""
+        x = rng.normal(size=(every, length, n)).astype(np.float32)
+        one = statistical.Trial(DELTA, BETA, 10**6, lambda: [], bytes(32))
+        chooser = statistical._Chooser(policy, list(x), np.array([9.0]), one, 1)
+        found = chooser._fit(Regions.from_axes(np.zeros((1, n)), np.eye(n)[None], np.full((1, n), 99.0)))
+        assert found is not None
+        new = rng.normal(size=(4000, n)).astype(np.float32)
+        error = np.abs(new @ found.expert_weight[0].T + found.expert_bias[0] - policy.batch(new))
+        return float((error > found.bound_offset[0]).mean())
+
+    assert np.mean([beyond(30, 4) for _ in range(10)]) < DELTA / 2
 
 
 def test_fresh_episodes_confirm_or_refute(policy, grown) -> None:

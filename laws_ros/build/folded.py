@@ -1,8 +1,11 @@
 """Growing a library of collapsed experts, where affine ones fail: policies that nobody trained for being cached.
 
-Most-visited observations first: the policy is collapsed over a box in their principal axes that holds most of them.
-Where what is left is cheap enough and within tolerance, the box is widened until it no longer is; otherwise the
+Most-visited observations first: the policy is collapsed over a ball in their whitened principal axes that holds most of
+them. Where what is left is cheap enough and within tolerance, the ball is widened until it no longer is; otherwise the
 observations are halved across their longest axis and both halves try again.
+
+Why balls: a neuron keeps its state where its argument, about linear in the observation, keeps its sign, and over a ball
+that reaches as far as the ball does in *one* direction; over a box that holds as many observations, into a corner.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 BATCH = 32
-TRIM = 0.03  # share of the observations that a box may leave out at either end of each axis: they make it large
-MARGIN = 1.05  # it is a little larger than the others
-FLATTEST = 0.2  # of the box's longest axis: never thinner than this or the observations' typical spacing
+HELD = 0.6  # share of the observations that a ball holds: the farthest make it large
+MARGIN = 1.05  # it is a little larger than that
+FLATTEST = 0.2  # of the ball's longest axis: never thinner than this or the observations' typical spacing
 WIDEN = (2.0, 1.5, 1.25, 1.1)
 FEWEST = 3
 SHARE = 0.25
@@ -89,7 +92,7 @@ def grow_collapsed(
     def certify(center: Floats, axes: Floats, widths: Floats) -> tuple[Certificates, NDArray[np.bool_]]:
         nonlocal tried
         tried += len(center)
-        found = collapse(network, Regions.from_axes(center, axes, widths).brief(), kind, tolerance).brief()
+        found = collapse(network, Regions.from_axes(center, axes, widths, x.shape[1]).brief(), kind, tolerance).brief()
         return found, (found.cost <= budget) & (found.bound_offset <= tolerance).all(axis=1)
 
     if base:
@@ -106,8 +109,8 @@ def grow_collapsed(
                 nodes.append(points)
         if not nodes:
             break
-        boxes = [_box(x[points] / scale) for points in nodes]
-        center, axes, widths = (np.array(part) for part in zip(*boxes, strict=True))
+        balls = [_ball(x[points] / scale) for points in nodes]
+        center, axes, widths = (np.array(part) for part in zip(*balls, strict=True))
         center, axes = center * scale, scale[:, None] * axes
         certificates, good = certify(center, axes, widths)
         for factor in WIDEN if good.any() else ():
@@ -144,21 +147,17 @@ def _contexts(x: Floats, axes: list[int] | tuple[int, ...]) -> list[Indices]:
     return [np.flatnonzero(group == k) for k in range(group.max() + 1)]
 
 
-def _box(points: Floats) -> tuple[Floats, Floats, Floats]:
-    """Center, axes and half-widths of a box around most of the points [N, n], in their principal axes."""
+def _ball(points: Floats) -> tuple[Floats, Floats, Floats]:
+    """Center, axes and half-widths of a ball around most of the points [N, n], in their whitened principal axes."""
     n = points.shape[1]
     mean = points.mean(axis=0)
     # a few points do not show all axes; a little of the identity keeps the rest apart
-    vectors = np.linalg.eigh((points - mean).T @ (points - mean) / len(points) + 1e-9 * np.eye(n))[1]
-    along = (points - mean) @ vectors
-    low, high = np.quantile(along, [TRIM, 1.0 - TRIM], axis=0)
-    half = 0.5 * (high - low)
-    spacing = half.max() / max(2.0, len(points) ** (1.0 / n))  # between sparse points lies more of the same
-    return (
-        mean + vectors @ (0.5 * (low + high)),
-        vectors,
-        np.maximum(MARGIN * half, min(spacing, FLATTEST * half.max())),
-    )
+    values, vectors = np.linalg.eigh((points - mean).T @ (points - mean) / len(points) + 1e-9 * np.eye(n))
+    spread = np.sqrt(values)
+    spacing = spread.max() / max(2.0, len(points) ** (1.0 / n))  # between sparse points lies more of the same
+    spread = np.maximum(spread, min(spacing, FLATTEST * spread.max()))
+    far = np.linalg.norm((points - mean) @ vectors / spread, axis=1)
+    return mean, vectors, MARGIN * np.quantile(far, HELD) * spread
 
 
 def _halves(points: Floats, indices: Indices) -> list[Indices]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -65,6 +66,16 @@ class Library:
         """Content hash of every expert, bound to policy, card and precision; what people and merges call it by."""
         prefix = f"{self.policy_sha256}{self.card.digest}{self.precision}".encode()
         return [hashlib.sha256(prefix + pack(self.certificates, k)).hexdigest()[:16] for k in range(len(self))]
+
+    @property
+    def entropy(self) -> float:
+        """Bits: of which expert answers, by Krichevsky-Trofimov estimates from `visits`; 0 without experts."""
+        share = (self.visits + 0.5) / (self.visits.sum() + 0.5 * max(len(self), 1))
+        return float(-(share * np.log2(share)).sum())
+
+    def predicted(self, observations: float) -> float:
+        """Experts that the paper's law, 2^H ln N, expects after N observations of the same workload."""
+        return 2.0**self.entropy * math.log(max(observations, 1.0))
 
     @cached_property
     def digest(self) -> str:

@@ -1,7 +1,7 @@
 """The router of `core.router`, compiled where numba is installed, over one library's tables.
 
-The compiled router takes one argument, a row of addresses and sizes: numba looks at every array that it is given, which
-for all of them takes longer than a short walk.
+The compiled router takes one number, the address of a row of addresses and sizes: numba looks at every array that it
+is given, which for all of them takes longer than a short walk.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from laws_ros.core import router
 from laws_ros.core.certificate import FORMAL
 from laws_ros.core.library import Library
 from laws_ros.core.router import Tables
+
+FRAME = 24  # numbers in a frame: 8 sizes and 16 addresses
 
 try:
     from numba import carray, njit
@@ -44,7 +46,8 @@ else:
         """
 
         @njit(cache=True)
-        def framed(frame):  # type: ignore[no-untyped-def]
+        def framed(address):  # type: ignore[no-untyped-def]
+            frame = carray(_at(address), (FRAME,), np.int64)
             alternatives, count, n, r, m, nodes, members, regions = frame[:8]
             a = frame[8:]
             x, found = carray(_at(a[0]), (count, n), np.float32), carray(_at(a[1]), (count,), np.int64)
@@ -103,12 +106,13 @@ class Router:
             self.wins,
         )
         self._one = self._frame(self.observation[None], self.region)
+        self._address: int = self._one.ctypes.data
         self(self.observation)  # compiles before control starts
 
     def __call__(self, observation: NDArray[Any]) -> int:
         """The index of the region that answers observation [n], or -1."""
         self.observation[:] = observation
-        region: int = _framed(self._one) if _framed else self._plain(self.observation[None], self.region)
+        region: int = _framed(self._address) if _framed else self._plain(self.observation[None], self.region)
         return region
 
     def set_tolerance(self, tolerance: NDArray[np.float64]) -> None:
@@ -122,7 +126,8 @@ class Router:
             raise ValueError(f"observations of shape {x.shape}; [N, {len(self.observation)}] is needed")
         found = np.empty(len(x), np.int64)
         if len(x):
-            _framed(self._frame(x, found)) if _framed else self._plain(x, found)
+            frame = self._frame(x, found)
+            _framed(frame.ctypes.data) if _framed else self._plain(x, found)
         return found
 
     def _frame(self, x: NDArray[np.float32], found: NDArray[np.int64]) -> NDArray[np.int64]:
