@@ -4,6 +4,7 @@
 
 Simulator and controller run as on a robot. Every fault is injected while the robot moves; the time runs from the moment
 before the injecting call until the moment the controller decided on the reaction (both on the machine's steady clock).
+At the end every node is ended by SIGINT and by SIGTERM, at work, and the time runs until its process is gone.
 Afterwards the bag is read again: every command in it must be a number within the binding's limits, and no two decided
 one after the other may differ by more than the rate limit allows. Exit code 1 if anything of that fails.
 """
@@ -13,16 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from robot import Bench  # beside this file
+from robot import PATIENCE_S, Bench  # beside this file
 from std_msgs.msg import Float64MultiArray
+from std_srvs.srv import Trigger
 
 from laws_ros.core.safety import ON_DEADLINE, ON_ESTOP, ON_LIMIT, ON_SILENCE, ON_TIMEOUT, OPERATOR
 from laws_ros.nodes.record import BagRecorder
@@ -31,20 +35,6 @@ from laws_ros.runtime.files import share_path
 
 LIMIT_N, RATE_N_PER_S, PERIOD_S = 8.0, 500.0, 0.01
 COMMANDS = "slider_effort_controller/commands"
-# The controller itself, except that its policy takes as long as a file says.
-STALLING = """
-import sys, time
-from pathlib import Path
-from laws_ros.runtime.policy import Policy
-asked = Policy.__call__
-stall = Path(sys.argv.pop(1))
-def slow(self, observation):
-    time.sleep(float(stall.read_text()))
-    return asked(self, observation)
-Policy.__call__ = slow
-from laws_ros.nodes.__main__ import main
-sys.exit(main("controller"))
-"""
 
 
 def run(bench: Bench, bag: Path) -> list[tuple[str, str, float | None]]:
@@ -52,12 +42,10 @@ def run(bench: Bench, bag: Path) -> list[tuple[str, str, float | None]]:
     data = yaml.safe_load(share_path("config/cartpole.binding.yaml").read_text())
     data["action"]["channels"][0] |= {"low": -LIMIT_N, "high": LIMIT_N, "rate_per_s": RATE_N_PER_S}
     data["observation"][0] |= {"low": -1.0, "high": 1.0}
-    binding, stall = bench.folder / "binding.yaml", bench.folder / "stall"
+    binding = bench.folder / "binding.yaml"
     binding.write_text(yaml.safe_dump(data))
-    stall.write_text("0")
     controller = bench.start(
         "controller",
-        [sys.executable, "-c", STALLING, str(stall)],
         binding=str(binding),
         freeze_timeout_s=0.1,
         on_timeout="ramp_down",
@@ -77,6 +65,8 @@ def run(bench: Bench, bag: Path) -> list[tuple[str, str, float | None]]:
     simulator = bench.start("simulator", binding=str(binding), command_timeout_s=0.2)
     if not bench.until(lambda: len(bench.rows) > 100):
         (controller if not controller.running() else simulator).complain()
+    bench.client(Trigger, "controller/estop")
+    bench.set("simulator", fault="")
     rows: list[tuple[str, str, float | None]] = []
 
     def broken(fault: str, what: str, source: int, reaction: str) -> None:
@@ -97,13 +87,17 @@ def run(bench: Bench, bag: Path) -> list[tuple[str, str, float | None]]:
 
     bench.set("controller", tolerance=[1e-9])  # every step a miss
     bench.spin(0.2)
-    began = time.monotonic()
-    stall.write_text("1.0")
-    rows.append(("policy stalls for 1 s", "hold at the deadline of 10 ms", bench.reacted(ON_DEADLINE, began)))
+    bench.set("controller", **{"fault.policy_stall_s": 1.0})
+    bench.rows.clear()
+    bench.reacted(ON_DEADLINE, time.monotonic())
+    bench.spin(0.5)
+    late = [row[bench.column("latency_us")] for _, row in bench.rows if row[bench.column("region")] == ON_DEADLINE]
+    # From the observation on, since each of them asks the policy; the slowest of 50.
+    rows.append(("policy stalls for 1 s", "hold at the deadline of 10 ms", max(late) / 1e3 if late else None))
     began = time.monotonic()
     bench.trigger("controller/estop")
     rows.append(("emergency stop while the policy stalls", "zero, latched", bench.reacted(ON_ESTOP, began)))
-    stall.write_text("0")
+    bench.set("controller", **{"fault.policy_stall_s": 0.0})
     bench.spin(0.5)
     last = bench.rows[-1][1][bench.column("region")]
     rows.append(("(half a second later)", "still latched", 0.0 if last == ON_ESTOP else None))
@@ -120,13 +114,23 @@ def run(bench: Bench, bag: Path) -> list[tuple[str, str, float | None]]:
     broken("extreme slider.position", "cart beyond its limit of 1 m", ON_LIMIT, "zero at once")
 
     operator = bench.node.create_publisher(Float64MultiArray, "laws/intervention", COMMAND_QOS)
-    bench.until(lambda: operator.get_subscription_count() > 0)
+    command = set_data(Float64MultiArray(), [2.5 * LIMIT_N])
+
+    def say(message: Float64MultiArray, heard: Callable[[], bool]) -> None:
+        """Until it is heard: what is said before two processes know each other is lost."""
+        end = time.monotonic() + PATIENCE_S
+        operator.publish(message)
+        while not heard() and time.monotonic() < end:
+            operator.publish(message)
+
     began = time.monotonic()
-    operator.publish(set_data(Float64MultiArray(), [2.5 * LIMIT_N]))
+    say(command, lambda: bench.reacted(OPERATOR, began, 0.2) is not None)
+    say(Float64MultiArray(), lambda: bench.answering(0.2))
+    began = time.monotonic()
+    operator.publish(command)
     rows.append((f"an operator commands {2.5 * LIMIT_N:g} N", "theirs, within 8 N", bench.reacted(OPERATOR, began)))
     rows.append(("the operator falls silent", "zero after 500 ms", bench.reacted(ON_SILENCE, began)))
-    operator.publish(Float64MultiArray())
-    bench.answering()
+    say(Float64MultiArray(), lambda: bench.answering(0.2))
     bench.trigger("simulator/reset")
     bench.spin(0.3)
 
@@ -155,6 +159,27 @@ def run(bench: Bench, bag: Path) -> list[tuple[str, str, float | None]]:
     simulator.process.kill()
     rows.append(("robot killed", "zero after 100 ms", bench.reacted(ON_TIMEOUT, began)))
     recorder.close()
+    return rows + [row for number in (signal.SIGINT, signal.SIGTERM) for row in exits(bench, number)]
+
+
+def exits(bench: Bench, number: signal.Signals) -> list[tuple[str, str, float | None]]:
+    """How long each node, at work, takes to end after a signal: with code 0, and without a word of an error."""
+    for child in bench.children:
+        child.end()
+    state = {"state": str(bench.folder / "state")}
+    bench.told.clear()
+    nodes = [bench.start("learner", **state), bench.start("controller", **state), bench.start("simulator")]
+    assert bench.answering()
+    assert bench.until(lambda: bench.told.get("/learner: learner", {}).get("hits", "0") != "0")
+    rows: list[tuple[str, str, float | None]] = []
+    for child in nodes:
+        began = time.monotonic()
+        child.process.send_signal(number)
+        code = child.process.wait(timeout=PATIENCE_S)
+        took = 1e3 * (time.monotonic() - began)
+        said = child.log.read_text() if child.log else ""
+        clean = code == 0 and "Traceback" not in said and "rror" not in said
+        rows.append((f"{number.name} to the {child.name}", "exit code 0", took if clean else None))
     return rows
 
 

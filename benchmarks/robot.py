@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, installed or not
 
 import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.srv import SetParameters
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -49,7 +50,9 @@ class Bench:
         self.names: list[str] = []
         self.node.create_subscription(Float64MultiArray, "controller/decision", self._decided, RECORD_QOS)
         self.node.create_subscription(Float64MultiArray, "simulator/episode", self._stepped, RECORD_QOS)
+        self.node.create_subscription(DiagnosticArray, "/diagnostics", self._diagnosed, 10)
         self.stepped: dict[str, float] = {}
+        self.told: dict[str, dict[str, str]] = {}  # of /diagnostics, the newest status of each name
 
     def __enter__(self) -> Bench:
         return self
@@ -67,6 +70,10 @@ class Bench:
 
     def _stepped(self, message: Float64MultiArray) -> None:
         self.stepped = dict(zip(columns_of(message), message.data, strict=True))
+
+    def _diagnosed(self, message: DiagnosticArray) -> None:
+        for status in message.status:
+            self.told[status.name] = {value.key: value.value for value in status.values}
 
     def start(self, name: str, command: list[str] | None = None, **overrides: Any) -> Child:
         """A node with config/cartpole.yaml and overrides."""
@@ -87,12 +94,16 @@ class Bench:
             self.executor.spin_once(timeout_sec=0.005)
         return True
 
-    def call(self, kind: Any, name: str, **fields: Any) -> Any:
+    def client(self, kind: Any, name: str) -> Any:
+        """Of a service; what is timed asks for it beforehand."""
         if name not in self._clients:
             self._clients[name] = self.node.create_client(kind, name)
-        client = self._clients[name]
-        client.wait_for_service(timeout_sec=PATIENCE_S)
-        future = client.call_async(kind.Request(**fields))
+            self._clients[name].wait_for_service(timeout_sec=PATIENCE_S)
+            self.spin(1.0)  # a server that does not know of its client yet drops the answer
+        return self._clients[name]
+
+    def call(self, kind: Any, name: str, **fields: Any) -> Any:
+        future = self.client(kind, name).call_async(kind.Request(**fields))
         self.executor.spin_until_future_complete(future, timeout_sec=PATIENCE_S)
         return future.result()
 

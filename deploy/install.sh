@@ -34,7 +34,7 @@ RUN
 chmod 755 /opt/laws/run.new
 mv /opt/laws/run.new /opt/laws/run
 runuser -u laws -- /opt/laws/run laws install "$bundle" --into "/var/lib/laws/$name"
-install -m 644 "$here/laws@.service" /etc/systemd/system/laws@.service
+install -m 644 "$here/laws@.service" "$here/laws-learner@.service" /etc/systemd/system/
 systemctl daemon-reload
 systemctl enable "laws@$name"
 systemctl restart "laws@$name"

@@ -1,7 +1,10 @@
 """The controller, configured and activated; it ends with code 2 and one line if that is refused.
 
 With a folder of state, a learner beside it, which is started again if it should end; the controller goes on meanwhile.
+So does a robot of a fleet with its cell, which shares experts with the robots around it.
 """
+
+from pathlib import Path
 
 from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
@@ -30,8 +33,11 @@ def nodes(context):
         )
 
     started = [node("controller", "policy", "library", "binding", "state")]
-    if LaunchConfiguration("state").perform(context):
+    if state := LaunchConfiguration("state").perform(context):
         started.append(node("learner", "policy", "library", "state", respawn=True, respawn_delay=5.0))
+        namespace = LaunchConfiguration("namespace").perform(context).strip("/")
+        if (Path(state).expanduser() / namespace / "fleet" / "robot.json").is_file():
+            started.append(node("cell", "state", respawn=True, respawn_delay=5.0))
     return started
 
 

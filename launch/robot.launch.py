@@ -26,16 +26,18 @@ def generate_launch_description():
             # The arguments of controller.launch.py are arguments of this file, too.
             DeclareLaunchArgument("robot", default_value="arm_sort", description="names config/ROBOT.yaml"),
             DeclareLaunchArgument(
-                "params_file", default_value=file, description="YAML file with the node's parameters; default: ROBOT's"
+                "params_file", default_value=file, description="YAML file with the nodes' parameters; default: ROBOT's"
             ),
-            DeclareLaunchArgument("namespace", default_value="", description="namespace of the robot"),
             DeclareLaunchArgument(
                 "forward_controller",
                 default_value="",
-                description="ros2_control controller to load and activate first; empty: it runs already",
+                description="ros2_control controller to load and activate; empty: it runs already",
             ),
             DeclareLaunchArgument(
                 "record", default_value="", description="new folder for a bag of all topics (ros2 bag); empty: none"
+            ),
+            IncludeLaunchDescription(
+                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "controller.launch.py"]))
             ),
             Node(
                 package="controller_manager",
@@ -49,9 +51,6 @@ def generate_launch_description():
                 cmd=["ros2", "bag", "record", "--all", "--output", LaunchConfiguration("record")],
                 condition=given("record"),
                 output="screen",
-            ),
-            IncludeLaunchDescription(
-                PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "controller.launch.py"]))
             ),
         ]
     )

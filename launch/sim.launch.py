@@ -17,24 +17,19 @@ from launch_ros.substitutions import FindPackageShare
 
 
 def ended(event, context):
-    """Everything ends with either of the two."""
-    return [] if "learner" in event.process_name else [EmitEvent(event=Shutdown(reason="a node has ended"))]
+    """Everything ends with either of the two; what else a launch file around this one has started is its own."""
+    ours = isinstance(event.action, Node) and event.action.node_package == "laws_ros"
+    if ours and event.action.node_executable in ("controller", "simulator"):
+        return [EmitEvent(event=Shutdown(reason="a node has ended"))]
+    return []
 
 
 def generate_launch_description():
     share = FindPackageShare("laws_ros")
-    default = [PathJoinSubstitution([share, "config", LaunchConfiguration("robot")]), ".yaml"]
     return LaunchDescription(
         [
             # The arguments of robot.launch.py and controller.launch.py are arguments of this file, too.
             DeclareLaunchArgument("robot", default_value="cartpole", description="names config/ROBOT.yaml"),
-            DeclareLaunchArgument(
-                "params_file", default_value=default, description="YAML file with the nodes' parameters"
-            ),
-            DeclareLaunchArgument(
-                "namespace", default_value="", description="namespace of both nodes and their topics"
-            ),
-            DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal"),
             DeclareLaunchArgument("seed", default_value="0", description="of the simulated episodes"),
             DeclareLaunchArgument("duration_s", default_value="0.0", description="simulated seconds; 0: until stopped"),
             DeclareLaunchArgument("real_time_factor", default_value="1.0", description="simulated seconds per second"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -41,18 +42,23 @@ def calls(path: Path, name: str) -> list[ast.Call]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name]
 
 
+def declared(path: Path) -> set[str]:
+    """The arguments of a launch file and of those that it includes."""
+    included = re.findall(r'"launch", "(\w+\.launch\.py)"', path.read_text())
+    own = {call.args[0].value for call in calls(path, "DeclareLaunchArgument")}
+    return own.union(*(declared(path.with_name(name)) for name in included))
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_arguments_and_executables(path: Path) -> None:
-    declared = set()
     for call in calls(path, "DeclareLaunchArgument"):
-        declared.add(call.args[0].value)
         given = {keyword.arg for keyword in call.keywords}
         assert {"default_value", "description"} <= given, ast.unparse(call)
     constants = [
         call.args[0].value for call in calls(path, "LaunchConfiguration") if isinstance(call.args[0], ast.Constant)
     ]
     assert constants
-    assert set(constants) <= declared
+    assert set(constants) <= declared(path)
     nodes = [{k.arg: k.value for k in call.keywords} for call in calls(path, "Node")]
     started = [node["executable"] for node in nodes if node["package"].value == "laws_ros"]
     # controller.launch.py's own `node` is given the name
@@ -84,7 +90,7 @@ def launch(tmp_path: Path):
 
     def launch(file: str, *arguments: str) -> str:
         command = [sys.executable, "-c", LAUNCH, str(ROOT / "launch" / file), *arguments]
-        done = subprocess.run(command, capture_output=True, env=environment, timeout=120, check=False, text=True)
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=300, check=False, text=True)
         output = done.stdout + done.stderr
         assert "Traceback" not in output, output
         return output
@@ -102,7 +108,7 @@ def test_sim_launch(launch) -> None:
 @needs_launch
 def test_a_folder_of_state_brings_a_learner(launch, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    output = launch("sim.launch.py", "duration_s:=6", "namespace:=robot1", "clock:=false", f"state:={state}")
+    output = launch("sim.launch.py", "duration_s:=15", "namespace:=robot1", "clock:=false", f"state:={state}")
     assert f"[robot1.learner]: configured: {state}/robot1: " in output
     assert output.count("process has finished cleanly") == 3, output
     assert (state / "robot1" / "library.laws").is_file()
@@ -120,3 +126,38 @@ def test_robot_launch(launch) -> None:
     """Without the robot's model it refuses; with one it is the controller of config/ROBOT.yaml."""
     output = launch("robot.launch.py", "robot:=cartpole", "library:=/nowhere/x.laws", "namespace:=left")
     assert "[left.controller]: not configured: /nowhere/x.laws" in output
+
+
+SOMEBODY_ELSES = """
+from launch import LaunchDescription
+from launch.actions import ExecuteProcess, GroupAction, IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch.substitutions import PathJoinSubstitution
+from launch_ros.actions import SetRemap
+from launch_ros.substitutions import FindPackageShare
+
+FILE = PathJoinSubstitution([FindPackageShare("laws_ros"), "launch", "sim.launch.py"])
+
+
+def robot(namespace, **arguments):
+    given = {"namespace": namespace, "duration_s": "3", **arguments}
+    include = IncludeLaunchDescription(PythonLaunchDescriptionSource(FILE), launch_arguments=given.items())
+    return GroupAction([SetRemap("joint_states", "measured"), include])
+
+
+def generate_launch_description():
+    own = ExecuteProcess(cmd=["true"])
+    return LaunchDescription([own, robot("left"), robot("right", clock="false")])
+"""
+
+
+@needs_launch
+def test_two_robots_in_somebody_elses_launch_file(launch, tmp_path: Path) -> None:
+    """Each in its namespace, with a remapped topic; what else that file starts may end."""
+    file = tmp_path / "other.launch.py"
+    file.write_text(SOMEBODY_ELSES)
+    output = launch(str(file))
+    for name in ("left", "right"):
+        assert f"/{name}/measured -> /{name}/slider_effort_controller/commands" in output
+    assert output.count("process has finished cleanly") == 5, output
+    assert "no command within" not in output  # they found each other on the topic by its other name

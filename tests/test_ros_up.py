@@ -47,16 +47,17 @@ def test_two_robots_watched_and_recorded(environment: dict[str, str], tmp_path: 
         up = subprocess.Popen([*LAWS, *arguments], stdout=out, stderr=subprocess.STDOUT, env=environment)
     try:
         end = time.monotonic() + PATIENCE_S
+        missing = {f"recording /{side}/{topic}" for side in ("left", "right") for topic in topics}
+        while missing and time.monotonic() < end:  # discovery takes its time on a busy machine
+            missing -= {line for line in missing if line in said.read_text()}
+            time.sleep(0.1)
+        end = time.monotonic() + PATIENCE_S
         active: set[str] = set()
         while active != {"/left/controller", "/right/controller"} and time.monotonic() < end:
             found = laws(environment, "top", "--json")
             for name, facts in (json.loads(found.stdout) if found.returncode == 0 else {}).items():
                 if facts.get("state") == "active" and int(facts["hits"]) > 0:
                     active.add(name)
-        missing = {f"recording /{side}/{topic}" for side in ("left", "right") for topic in topics}
-        while missing and time.monotonic() < end:  # discovery takes its time on a busy machine
-            missing -= {line for line in missing if line in said.read_text()}
-            time.sleep(0.1)
         children = Path(f"/proc/{up.pid}/task/{up.pid}/children").read_text().split()
         up.send_signal(signal.SIGINT)
         up.wait(timeout=PATIENCE_S)

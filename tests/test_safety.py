@@ -15,7 +15,9 @@ from laws_ros.core.safety import (
     ON_DEADLINE,
     ON_ESTOP,
     ON_LIMIT,
+    ON_SILENCE,
     ON_TIMEOUT,
+    OPERATOR,
     POLICY,
     REACTIONS,
     Budget,
@@ -173,6 +175,40 @@ def test_estop_latches_until_reset() -> None:
     assert g.tick(5 * PERIOD) is None
     assert g.answer([8.0, 0.0], 5 * PERIOD) == [8.0, 0.0]
     assert g.counts[ON_ESTOP] == 1
+
+
+@pytest.mark.parametrize("on_silence", ["zero", "policy"])
+def test_an_operator_counts_before_the_answers_and_after_the_emergency_stop(on_silence: str) -> None:
+    g = governor(on_silence=on_silence, silence_ns=30 * MS, on_estop="zero")
+    assert g.operate(0) is None
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ObservationError, match="not finite"):
+            g.take_over([wrong, 0.0], PERIOD)
+    assert g.operate(PERIOD) is None  # who spoke no number has taken over nothing
+    g.take_over([5.0, 20.0], PERIOD)
+    assert g.operate(PERIOD) == [5.0, pytest.approx(1.0)]  # within the robot's limits
+    assert g.cause == OPERATOR
+    assert g.due_ns() == 100 * MS  # sensors may not fall silent meanwhile
+    g.take_over([6.0, 0.0], 2 * PERIOD)
+    assert g.operate(2 * PERIOD) == [6.0, pytest.approx(0.0)]
+    assert g.counts[OPERATOR] == 1
+    g.estop("button")
+    assert g.operate(3 * PERIOD) == [0.0, pytest.approx(0.0)]
+    assert g.cause == ON_ESTOP
+    g.reset()
+    assert g.operate(4 * PERIOD) == [6.0, pytest.approx(0.0)]
+    silent = 2 * PERIOD + 30 * MS + 1
+    if on_silence == "policy":
+        assert g.operate(silent) is None
+        assert g.operator is None
+    else:
+        assert g.operate(silent) == [0.0, pytest.approx(0.0)]
+        assert g.cause == ON_SILENCE and g.operator is not None
+        g.hand_back()
+        assert g.operate(silent) is None
+    assert g.answer([3.0, 0.0], silent)[0] == 3.0
+    with pytest.raises(ObservationError, match="not finite"):
+        g.answer([float("nan"), 0.0], silent)
 
 
 def test_observation_timeout_repeats_until_an_observation_comes() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from importlib import import_module
@@ -10,16 +9,15 @@ from typing import NoReturn
 
 from . import exits
 
-NODES = ("controller", "learner", "simulator")
+NODES = ("cell", "controller", "learner", "simulator")
 
 
 def main(name: str) -> NoReturn:
     """Run the node and end the process with its exit code."""
     exits.install()
-    if name == "learner":  # it shall not take every core, and libraries read this when they are loaded
+    if name in ("cell", "learner"):  # it shall not take every core, and libraries read this when they are loaded
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     code: int = import_module(f"laws_ros.nodes.{name}").main()
-    gc.collect()  # what DDS still holds, down to its shared memory
     # Taking the interpreter down as well would cost hundreds of milliseconds (seconds on a busy machine), and signals
     # would be fatal again meanwhile.
     sys.stdout.flush()

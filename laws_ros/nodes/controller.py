@@ -61,6 +61,7 @@ PARAMETERS = (
     Declared("controller_name", "", "without a binding: commands go to <controller_name>/commands, fields by the card"),
     Declared("tolerance", Parameter.Type.DOUBLE_ARRAY, "largest error of each action, its unit; empty: the library's"),
     Declared("certificates.kinds", Parameter.Type.STRING_ARRAY, "kinds of certificates to trust; empty: the formal"),
+    Declared("providers", Parameter.Type.STRING_ARRAY, "of cpu, cuda, tensorrt: the first that loads runs the policy"),
     Declared("budget.capacity", Parameter.Type.DOUBLE_ARRAY, "certified error that may accumulate, action units"),
     Declared("budget.drain_per_s", Parameter.Type.DOUBLE_ARRAY, "how fast it is forgiven, action units per second"),
     Declared("rate_hz", 100.0, "rate of control [Hz]; rate limits and repeated commands count in its period", 1.0, 1e3),
@@ -79,9 +80,10 @@ PARAMETERS = (
     Declared("realtime.priority", 0, "SCHED_FIFO priority of the control thread; 0: normal scheduling", 0, 99),
     Declared("realtime.cpus", Parameter.Type.INTEGER_ARRAY, "CPUs that the control thread may use; empty: all"),
     Declared("realtime.lock_memory", False, "keep the process in memory (mlockall)"),
+    Declared("fault.policy_stall_s", 0.0, "live, for tests and training: the policy takes longer [s]", 0.0, 60.0),
     Declared("autostart", False, "configure and activate at once, and exit with code 2 if that is refused"),
 )
-LIVE = ("tolerance",)
+LIVE = ("tolerance", "fault.policy_stall_s")
 COUNTERS = ("hits", "misses", "deadline_misses", "rejected", "budget_refusals", "handovers", "quarantined", "updates")
 INTERVENTION = "laws/intervention"
 SETTLE_S = 0.5  # a publisher that has just gone may be listed this long
@@ -179,6 +181,9 @@ class Controller(Managed):
         self._decisions = self.create_publisher(Float64MultiArray, "~/decision", RECORD_QOS)
         self._decision = labelled(columns(card, binding))
         self._cached, self._binding, self._rules, self._values = cached, binding, rules, p
+        if not cached.policy.has_card:
+            names = ", ".join(c.name for c in card.observations)
+            self.get_logger().warning(f"{p['policy']}: no card beside it; its observations are taken for {names}")
         self.get_logger().info(
             f"configured: library {cached.library.digest}, {len(cached.library)} regions for {card.name}, "
             f"{', '.join(self.resolve_topic_name(t.name) for t in binding.topics)} -> "
@@ -218,6 +223,7 @@ class Controller(Managed):
             quarantine,
             lambda correction: upkeep.corrected(correction),
         )
+        self._loop.stall_s = p["fault.policy_stall_s"]
         self._upkeep = upkeep = Upkeep(self, self._loop, self._folder)
         if self._stopped:
             self._loop.estop(self._stopped)
@@ -266,16 +272,18 @@ class Controller(Managed):
             if change.name not in LIVE:
                 reason = f"{change.name} is set before configuring: clean up first"
                 return SetParametersResult(successful=False, reason=reason)
-        try:
-            wanted = list(own[0].value or self._cached.library.tolerance)
-            tolerance = check_tolerance(wanted, self._cached.policy).tolist()
-        except ConfigError as error:
-            return SetParametersResult(successful=False, reason=str(error))
-        if self._loop is None:
-            self._cached.set_tolerance(tolerance)
-        else:
-            self._loop.retune(tolerance)
-        self._values["tolerance"] = tolerance
+        new = {change.name: change.value for change in own}
+        if "tolerance" in new:
+            wanted = list(new["tolerance"] or self._cached.library.tolerance)
+            try:
+                new["tolerance"] = check_tolerance(wanted, self._cached.policy).tolist()
+            except ConfigError as error:
+                return SetParametersResult(successful=False, reason=str(error))
+        self._values |= new
+        if self._loop is not None:
+            self._loop.stall_s = self._values["fault.policy_stall_s"]
+        if "tolerance" in new:
+            (self._cached.set_tolerance if self._loop is None else self._loop.retune)(new["tolerance"])
         return SetParametersResult(successful=True)
 
     # ------------------------------------------------------------------------------------------- emergency stop
@@ -404,6 +412,8 @@ class Controller(Managed):
             lines.append(f"{loop.beyond}: {self._rules.on_limit}")
         if new["budget_refusals"]:
             lines.append(f"error budget full: {new['budget_refusals']} answers left to the policy")
+        if loop.stall_s:
+            lines.append(f"fault.policy_stall_s: the policy is held up by {loop.stall_s:g} s")
         if loop.operator != "no":
             lines.append(f"the operator is {loop.operator}")
         if new["quarantined"]:

@@ -7,7 +7,6 @@ the policy, run again here through ONNX Runtime, says at the very observation th
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
-from std_msgs.msg import Float64MultiArray
+from std_msgs.msg import Float64MultiArray, UInt64
 
 from laws_ros.build import workloads
 from laws_ros.build.evaluate import check_fit, policy_rollouts
@@ -30,7 +29,7 @@ from laws_ros.core.safety import POLICY
 from laws_ros.runtime.cached_policy import CachedPolicy
 from laws_ros.runtime.files import resolve, share_path
 
-from .processes import START_TIMEOUT_S, Child, live_view, private_domain
+from .processes import START_TIMEOUT_S, Child, interrupts, live_view, private_domain
 from .ros import RECORD_QOS, columns_of
 
 DECISION, EPISODE = "controller/decision", "simulator/episode"
@@ -67,15 +66,7 @@ def run(
         raise ConfigError(f"{parameters}: not found; it holds the nodes' parameters for workload {workload!r}")
     if not seconds > 0:
         raise ConfigError(f"seconds: {seconds:g} is no duration; more than 0 is needed")
-    interrupted = False
-
-    def interrupt(*_: object) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    with tempfile.TemporaryDirectory(prefix="laws_demo_") as logs:
+    with interrupts() as interrupted, tempfile.TemporaryDirectory(prefix="laws_demo_") as logs:
         # A domain of its own: robots and other demonstrations on the network neither see nor disturb this one.
         os.environ |= {"ROS_DOMAIN_ID": private_domain(), "ROS_LOG_DIR": logs}
         os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
@@ -93,33 +84,30 @@ def run(
             domain = f"ROS_DOMAIN_ID={os.environ['ROS_DOMAIN_ID']}"
             print(f"{workload}: library {cached.library.digest}, {len(cached.library)} regions, {domain}", file=out)
             # Nothing moves until the controller's decisions are seen, so that the very first one is checked, too.
-            recorder.wait_for(DECISION, controller)
+            recorder.wait_for(controller, interrupted)
             times: dict[str, Any] = {"seed": seed, "duration_s": float(seconds)}
             simulator = Child("simulator", parameters, log=Path(logs) / "simulator", **times, **other)
             nodes.append(simulator)
             with live_view(out) as show:
-                while simulator.running():
+                while simulator.running() and not interrupted():
                     if not controller.running():
                         controller.complain()
                     recorder.spin(0.2)
                     if facts := status(recorder, cached, seconds):
                         show(facts)
-            if simulator.process.returncode:
+            if interrupted():
+                print("interrupted", file=out)
+            elif simulator.process.returncode:
                 simulator.complain()
             recorder.spin(0.3)
-        except (KeyboardInterrupt, RuntimeError):  # what the first becomes while rclpy converts a message
-            if not interrupted:
-                raise
-            print("interrupted", file=out)
         finally:
-            signal.signal(signal.SIGINT, before)
             for node in nodes:
                 node.end()
             recorder.close()
     answers, episodes = recorder.answers(), recorder.table(EPISODE)
     if not answers or not episodes:
         print("ended before the first answer", file=out)
-        return {"workload": workload, "steps": 0}, 0 if interrupted else 1
+        return {"workload": workload, "steps": 0}, 0 if interrupted() else 1
     summary = {
         "workload": workload,
         "seconds": float(episodes["time_s"][-1]),
@@ -145,6 +133,8 @@ class Recorder:
         self._names: dict[str, list[str]] = {}
         for topic in self._rows:
             self._node.create_subscription(Float64MultiArray, topic, self._keeper(topic), RECORD_QOS)
+        self._heartbeats: list[UInt64] = []
+        self._node.create_subscription(UInt64, "controller/heartbeat", self._heartbeats.append, 10)
 
     def _keeper(self, topic: str) -> Callable[[Float64MultiArray], None]:
         def keep(message: Float64MultiArray) -> None:
@@ -158,12 +148,16 @@ class Recorder:
         while (left := end - time.monotonic()) > 0:
             self._executor.spin_once(timeout_sec=left)
 
-    def wait_for(self, topic: str, child: Child) -> None:
-        """Until someone publishes a topic."""
+    def wait_for(self, controller: Child, interrupted: Callable[[], bool]) -> None:
+        """Until every decision of the controller arrives here.
+
+        That they are announced here does not say that the controller knows of this subscription, too. But a heartbeat
+        comes from an active controller that knows of that subscription, which was announced after the decisions'.
+        """
         end = time.monotonic() + START_TIMEOUT_S
-        while not self._node.count_publishers(topic):
-            if not child.running() or time.monotonic() > end:
-                child.complain()
+        while not ((self._heartbeats and self._node.count_publishers(DECISION)) or interrupted()):
+            if not controller.running() or time.monotonic() > end:
+                controller.complain()
             self.spin(0.05)
 
     def table(self, topic: str) -> Table:

@@ -35,6 +35,12 @@ def told() -> bool:
     return _state == _ENDING
 
 
+def check() -> None:
+    """Raise the KeyboardInterrupt of a signal again, if something has swallowed it or made another error of it."""
+    if told():
+        raise KeyboardInterrupt
+
+
 def _handle(number: int, frame: Any) -> None:
     if _state == _EARLY:
         os._exit(0)

@@ -13,6 +13,7 @@ disk; what it had not comes again as misses.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections import Counter
@@ -40,7 +41,7 @@ from laws_ros.runtime.takeovers import HISTORY, SNAPSHOT
 
 from . import notify
 from .loop import number_of
-from .ros import HEARD_QOS, Declared, Managed, columns_of, fail, run
+from .ros import HEARD_QOS, Declared, Managed, fail, run
 from .upkeep import state_folder
 
 PARAMETERS = (
@@ -49,6 +50,7 @@ PARAMETERS = (
     Declared("state", "", "folder shared with the controller and `laws library`, one per namespace"),
     Declared("tolerance", Parameter.Type.DOUBLE_ARRAY, "what a new history certifies for; empty: the library's"),
     Declared("decisions", "controller/decision", "the controller's topic"),
+    Declared("certify", True, "false: only keep what missed, for the desk of a large fleet to learn from"),
     Declared("round_s", 10.0, "time between the beginnings of rounds of learning, if there is news [s]", 0.1, 86400.0),
     Declared("most_misses", 100_000, "that wait; older ones are dropped", 100, 10_000_000),
     Declared("most_experts", 20_000, "beyond, those that save least are retired", 1, 10_000_000),
@@ -58,6 +60,7 @@ PARAMETERS = (
     Declared("nice", 10, "lower priority of the process by this", 0, 19),
     Declared("autostart", False, "configure and activate at once, and exit with code 2 if that is refused"),
 )
+M_MMAP_THRESHOLD = -3  # of malloc.h
 KNOWN = 8  # snapshots whose experts' answers are still counted
 
 
@@ -76,7 +79,9 @@ class Node(Managed):
         self._work: ThreadPoolExecutor | None = None  # whose one thread has the history
         self._learner: Learner | None = None
         self._listening: Any = None
-        self._begun_s, self._label = 0.0, ""
+        self._begun_s, self._columns = 0.0, 0
+        self._label: str | None = None  # of the newest decision
+        self._foreign: set[str] = set()  # labels of messages that are none
         self._told = Told([], Counter())
         self._future: Future[Lesson | None] | None = None
         self._facts: dict[str, Any] = {}
@@ -127,13 +132,24 @@ class Node(Managed):
     # ------------------------------------------------------------------------------------------- what it hears
 
     def _hear(self, message: Float64MultiArray) -> None:
-        if message.layout.dim[0].label != self._label:
-            self._label, names = message.layout.dim[0].label, columns_of(message)
-            self._region, self._library = names.index("region"), names.index("library")
+        label = message.layout.dim[0].label if message.layout.dim else ""
+        if label != self._label:
+            self._label, names, learner = label, label.split(","), self._learner
             kinds = [name.partition(":")[0] for name in names]
             self._x, self._action = (
                 [k for k, kind in enumerate(kinds) if kind == w] for w in ("observation", "action")
             )
+            self._columns = 0
+            if learner is not None and {"region", "library"} <= set(names):
+                found = [names[k].partition(":")[2] for k in self._x]
+                if found == [c.name for c in learner.policy.card.observations]:
+                    self._columns = len(names)
+                    self._region, self._library = names.index("region"), names.index("library")
+            if not self._columns and label not in self._foreign:
+                self._foreign.add(label)
+                self.get_logger().error(f"{self._values['decisions']}: {label!r} are no decisions of this policy's")
+        if len(message.data) != self._columns or not self._columns:
+            return
         data = np.array(message.data)
         region = int(data[self._region])
         if region >= 0:
@@ -258,7 +274,7 @@ class Node(Managed):
         if seen != self._seen:
             found = self._takeovers = takeovers.read(self._folder, learner.policy.card)
             changed, self._seen = learner.obey(found), seen
-        lesson = learner.learn() if told.misses else None
+        lesson = learner.learn() if told.misses and self._values["certify"] else None
         if lesson is not None and lesson.library is not None:
             learner.obey(found)  # what others have added meanwhile
             changed = True
@@ -280,4 +296,6 @@ class Node(Managed):
 
 
 def main() -> int:
+    # Arrays of a round go back to the system after it; by default glibc soon keeps those of up to 32 MB for itself.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     return run(Node)

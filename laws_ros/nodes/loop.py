@@ -184,6 +184,7 @@ class ControlLoop:
         cached: what it answers from now.
         number: of its library, see `number_of`.
         corrections: steps of takeovers so far.
+        stall_s: a fault for tests and training: the policy takes this much longer.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class ControlLoop:
         self._fresh = Freshness(rules.observation_timeout_ns, freeze_ns, delay_ns)
         self.governor = Governor(binding.limits, rules, time.monotonic_ns())
         self._worker: Worker | None = None
+        self.stall_s = 0.0
         self._tolerance: list[float] | None = None  # likewise
         self._collected_ns = self._arrived_ns = 0
         self._warm_ns = NEVER_NS  # when the next observation is almost there
@@ -226,7 +228,7 @@ class ControlLoop:
         self.hit_us, self.policy_us, self.latency_us, self.margin = Recent(), Recent(), Recent(), Recent()
 
     def start(self) -> None:
-        self._worker = Worker(lambda observation: self.cached.fallback(observation))
+        self._worker = Worker(self._ask)
         # Garbage is collected right after a step, when the next is a period away (see `_collect`), not wherever an
         # allocation falls; what was there before is left alone, which keeps it short.
         gc.collect()
@@ -374,6 +376,11 @@ class ControlLoop:
         if found is None:
             return ON_DEADLINE, None, lookup_us, 0.0
         return POLICY, found[0], lookup_us, found[1]
+
+    def _ask(self, observation: NDArray[np.float32]) -> Answer:
+        if self.stall_s:
+            time.sleep(self.stall_s)
+        return self.cached.fallback(observation)
 
     @property
     def operator(self) -> str:

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 from laws_ros.core.errors import LawsError
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0  # who has ended is noticed at once; this is for a slow machine
 DOMAINS = range(1, 101)  # whose ports are free on every system
 _domain: tuple[str, int] | None = None
 
@@ -27,7 +26,7 @@ def private_domain() -> str:
     """A ROS_DOMAIN_ID that no other program of this package on this machine has, for as long as this process lives."""
     global _domain
     if _domain is None:
-        folder = Path(tempfile.gettempdir()) / f"laws_domains_{os.getuid()}"
+        folder = Path("/tmp") / f"laws_domains_{os.getuid()}"  # whatever TMPDIR is: one for the machine
         folder.mkdir(exist_ok=True)
         for k in range(len(DOMAINS)):
             domain = DOMAINS[(os.getpid() + k) % len(DOMAINS)]
@@ -99,6 +98,24 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come: a note and no exception, which could fall into the writing of a bag or become
+    another one inside the conversion of a message."""
+    come = False
+
+    def note(*_: object) -> None:
+        nonlocal come
+        come = True
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: come
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,15 @@ class BagRecorder:
             raise ConfigError(f"{folder}: exists already; a bag is a new folder")
         self._writer = Writer(folder, version=9, storage_plugin=StoragePlugin.MCAP)
         self._writer.open()
-        self._log = node.get_logger()
+        self._node, self._log = node, node.get_logger()
+        self._subscriptions = []
         store = get_typestore(Stores.ROS2_HUMBLE)
         self.counts = dict.fromkeys(topics, 0)
         for topic, kind in topics.items():
             name = node.resolve_topic_name(topic)
             connection = self._writer.add_connection(name, kind, typestore=store)
-            node.create_subscription(
-                message_class(kind), topic, lambda data, c=connection, t=topic: self._keep(t, c, data), QOS, raw=True
-            )
+            keep = partial(self._keep, topic, connection)
+            self._subscriptions.append(node.create_subscription(message_class(kind), topic, keep, QOS, raw=True))
 
     def _keep(self, topic: str, connection: Any, data: bytes) -> None:
         self._writer.write(connection, time.time_ns(), data)
@@ -55,4 +56,6 @@ class BagRecorder:
         self.counts[topic] += 1
 
     def close(self) -> None:
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
         self._writer.close()

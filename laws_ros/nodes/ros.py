@@ -6,6 +6,7 @@ Only what rclpy has since Humble is used.
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import traceback
 from abc import abstractmethod
@@ -138,12 +139,15 @@ class Managed(rclpy.lifecycle.LifecycleNode):
     def _transition(self, done: str, do: Callable[[], None], state: LifecycleState) -> TransitionCallbackReturn:
         try:
             do()
+            exits.check()  # else rclpy would log that a transition cannot end in a context that is shut down
         except (LawsError, NameValidationException) as error:
+            exits.check()
             if done == "configured":
                 self.release()
             self.get_logger().error(f"not {done}: {' '.join(str(error).split())}")
             return TransitionCallbackReturn.FAILURE
         except Exception:
+            exits.check()
             if rclpy.ok():
                 self.get_logger().fatal(traceback.format_exc())  # rclpy would swallow it
             raise
@@ -222,11 +226,12 @@ def run(make: Callable[[], Any]) -> int:
     """
     node: Any = None
     executor: Any = None
-    begun = False
+    begun, code = False, 0
     try:
         rclpy.init()
         begun = True
         exits.running()
+        gc.freeze()  # what the imports have made need not be looked at by the collection at the end
         node = make()
         if node.start():
             executor = SingleThreadedExecutor()
@@ -244,13 +249,16 @@ def run(make: Callable[[], Any]) -> int:
             raise
     finally:
         exits.ending()
+        sys.setswitchinterval(1e-4)  # whatever other threads compute
         notify.tell(notify.STOPPING)
         if node is not None:
             node.stop()
             if executor is not None:
                 executor.shutdown(timeout_sec=0)  # it holds handles; the node would not leave the graph
             node.destroy_node()
+            code = node.exit_code
+            vars(node).clear()  # what it refers to refers to it, and DDS keeps what is referred to
         with contextlib.suppress(RCLError):  # rclpy's own handler may be at it, too
             if rclpy.ok():
                 rclpy.shutdown()
-    return 0 if node is None else node.exit_code
+    return code

@@ -210,12 +210,12 @@ class Simulator(Node):
     def _simulate(self) -> None:
         p, spec, plant = self._values, self._spec, self._plant
         tick_s = spec.period_s / p["real_time_factor"]
-        given_up = time.monotonic() + p["start_timeout_s"]
+        latest = time.monotonic() + p["start_timeout_s"]
         observation = plant.reset(workloads.episode_seed(p["seed"], 0))
         while self._action is None:
             if self._stopping:
                 return
-            if time.monotonic() > given_up:
+            if time.monotonic() > latest:
                 self.get_logger().error(f"{self._commands.topic_name}: no command within {p['start_timeout_s']:g} s")
                 self.exit_code = 1
                 return
@@ -225,7 +225,7 @@ class Simulator(Node):
         action = None
         idle = 0 if spec.discrete else np.clip(0.0, [c.low for c in spec.actions], [c.high for c in spec.actions])
         tick = episode = step = held = waited = let_go = late = 0
-        total = 0.0
+        total, given_up = 0.0, False
         due = time.monotonic()
         while not self._stopping and (p["duration_s"] == 0.0 or tick * spec.period_s < p["duration_s"] - 1e-9):
             due += tick_s
@@ -240,6 +240,10 @@ class Simulator(Node):
             held += waited > 0
             action = newest
             dead = 0.0 < p["command_timeout_s"] < waited * spec.period_s
+            if dead and not given_up:
+                told = f"no new one for {p['command_timeout_s']:g} s, the actuators let go"
+                self.get_logger().warning(f"{self._commands.topic_name}: {told}")
+            given_up = dead
             let_go += dead
             self._lock(self._fault.name if self._fault.kind == "lock" else "")
             given = idle if dead else int(action[0]) if spec.discrete else action

@@ -12,15 +12,16 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
-from .processes import live_view
+from .processes import interrupts, live_view
 
 SUFFIX = ": control loop"
 LEVELS = {DiagnosticStatus.OK: "ok", DiagnosticStatus.WARN: "WARNING", DiagnosticStatus.ERROR: "ERROR"}
 STALE_S = 3.0
+PERIOD_S = 1.2  # in which every controller has reported once
 
 
 def run(once: bool = False, timeout_s: float = 10.0) -> dict[str, dict[str, str]]:
-    """Watch until interrupted (`once`: until the first controller has reported), or nobody reports for the timeout.
+    """Watch until interrupted (`once`: for a period after the first report), or nobody reports for the timeout.
 
     Returns:
         Of every controller by its name what it last said; empty if there was none.
@@ -42,15 +43,15 @@ def run(once: bool = False, timeout_s: float = 10.0) -> dict[str, dict[str, str]
                 found[name] = {"level": LEVELS.get(status.level, "stale"), "message": status.message, **facts}
 
     node.create_subscription(DiagnosticArray, "/diagnostics", listen, 10)
-    begun = time.monotonic()
+    begun, end = time.monotonic(), float("inf")
     try:
-        with live_view(sys.stdout) as show:
-            while not (once and found) and time.monotonic() - max([begun, *heard.values()]) < timeout_s:
+        with live_view(sys.stdout) as show, interrupts() as interrupted:
+            while not interrupted() and time.monotonic() < min(end, max([begun, *heard.values()]) + timeout_s):
                 executor.spin_once(timeout_sec=0.2)
-                if found and not once:
+                if found and once:
+                    end = min(end, time.monotonic() + PERIOD_S)
+                elif found:
                     show({name: line(facts, time.monotonic() - heard[name]) for name, facts in found.items()})
-    except KeyboardInterrupt:
-        pass
     finally:
         node.destroy_node()
         context.try_shutdown()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from laws_ros.core.errors import ConfigError
 from laws_ros.core.observation import Binding
 from laws_ros.runtime.files import load_yaml, resolve, share_path
 
-from .processes import Child
+from .processes import Child, interrupts
 from .record import BagRecorder
 
 
@@ -33,14 +33,14 @@ def run(
     state: str | None = None,
     overrides: dict[str, dict[str, Any]] | None = None,
 ) -> int:
-    """Start a controller, a simulator and a learner for every namespace; when one ends, so do all, but for a learner.
+    """Start the nodes of every namespace; when a controller or simulator ends, so do all.
 
     Args:
         robot: names config/ROBOT.yaml, or is the path of such a parameters file.
         simulate: without it the robots' own drivers publish the observations.
         seconds: of operation; 0: until interrupted.
         record: a new folder for a bag of all observations, commands, decisions and diagnostics.
-        state: the robots' folder of state; with it, there are learners.
+        state: the robots' folder of state; with it, there are learners, and cells for those that are of a fleet.
         overrides: node -> parameters over those of the file.
 
     Returns:
@@ -61,47 +61,44 @@ def run(
     if "ROS_LOG_DIR" not in os.environ:
         os.environ["ROS_LOG_DIR"] = tempfile.mkdtemp(prefix="laws_up_")
     children: list[Child] = []
-    recorder = Recording(record, parameters, namespaces, simulate) if record else None
-    previous = signal.signal(signal.SIGTERM, lambda *_: _interrupt())
-    code = 0
-    try:
+    with interrupts() as interrupted, ExitStack() as at_the_end:
+        recorder = Recording(record, parameters, namespaces, simulate) if record else None
+        if recorder is not None:
+            at_the_end.callback(recorder.close)
+        at_the_end.callback(_end, children)
         for k, namespace in enumerate(namespaces):
             names = ["controller", *(["simulator"] if simulate else []), *(["learner"] if state else [])]
+            if state and (Path(state) / namespace.strip("/") / "fleet" / "robot.json").is_file():
+                names.append("cell")
             for name in names:
                 own = dict((overrides or {}).get(name, {}))
                 if state and name != "simulator":
                     own["state"] = str(Path(state).absolute())
+                if name == "cell":
+                    own["autostart"] = True  # no parameters file speaks of it
                 if name == "simulator" and k:
                     own["clock"] = False
                 children.append(Child(name, parameters, namespace=namespace, **own))
         end = time.monotonic() + seconds if seconds else float("inf")
-        while time.monotonic() < end:
+        while time.monotonic() < end and not interrupted():
             for child in [child for child in children if not child.running()]:
                 code = child.process.returncode
                 print(f"laws up: the {child.name} has ended with code {code}", file=sys.stderr)
-                if child.name != "learner":
-                    return code
+                if child.name not in ("learner", "cell"):
+                    return code if code >= 0 else 128 - code  # killed: as a shell says it
                 children.remove(child)  # the robot goes on without
-                code = 0
             if recorder is not None:
                 recorder.spin(0.1)
             else:
                 time.sleep(0.1)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        for child in children:
-            child.process.terminate()  # all at once, then wait for each
-        for child in children:
-            child.end()
-        if recorder is not None:
-            recorder.close()
-    return code
+    return 0
 
 
-def _interrupt() -> None:
-    raise KeyboardInterrupt
+def _end(children: list[Child]) -> None:
+    for child in children:
+        child.process.terminate()  # all at once, then wait for each
+    for child in children:
+        child.end()
 
 
 class Recording:

@@ -23,6 +23,7 @@ from laws_ros.runtime import takeovers
 from laws_ros.runtime.cached_policy import CachedPolicy, check_tolerance
 from laws_ros.runtime.files import resolve
 from laws_ros.runtime.policy import Policy
+from laws_ros.runtime.providers import choose
 from laws_ros.runtime.takeovers import SNAPSHOT, Correction
 
 from .loop import ControlLoop, Update
@@ -45,17 +46,18 @@ def open_cached(p: dict[str, Any], folder: Path | None, log: Any) -> CachedPolic
         "tolerance": list(p["tolerance"]) or None,
         "kinds": list(p["certificates.kinds"]) or None,
     }
+    engine = choose(list(p["providers"]), log.warning)
     path, snapshot = resolve(p["policy"]), folder / SNAPSHOT if folder is not None else None
     if snapshot is not None and snapshot.is_file():
         try:
-            return CachedPolicy.open(snapshot, path, **options)
+            return CachedPolicy.open(snapshot, path, engine=engine, **options)
         except LawsError as error:
             if not p["library"]:
                 raise
             log.error(f"snapshot refused: {error}; beginning with {p['library']}")
     if p["library"]:
-        return CachedPolicy.open(resolve(p["library"]), path, **options)
-    policy = Policy(path)
+        return CachedPolicy.open(resolve(p["library"]), path, engine=engine, **options)
+    policy = Policy(path, engine=engine)
     if options["tolerance"] is None and policy.card.decision == "none":
         raise ConfigError("parameter 'tolerance' is not set; without a 'library' it is what the learner certifies for")
     return CachedPolicy(empty(policy, options["tolerance"]), policy, **options)
@@ -176,7 +178,6 @@ class Upkeep:
     def _end(self) -> None:
         count, volumes = len(self._observations), self._loop.quarantine.count
         name = "" if self._log is None else f"takeover {self._log.id}: "
-        self._info(f"{name}the operator has handed back after {count} steps; {volumes} regions are in quarantine")
         if self._log is not None and not self._waiting and not self._closing:  # the answers can be had later, too
             try:
                 own = Policy(self._loop.cached.policy.path)  # the loop's is not for two threads
@@ -186,6 +187,7 @@ class Upkeep:
                 self._owner.get_logger().error(f"takeover {self._log.id}: the policy's answers are not kept: {error}")
         if not self._waiting:
             self._log = None
+        self._info(f"{name}the operator has handed back after {count} steps; {volumes} regions are in quarantine")
         self._operated, self._observations = False, []
 
     # ------------------------------------------------------------------------------------------- news comes in
