@@ -38,7 +38,7 @@ def joined(desk: Desk, name: str, enrol: bool = True) -> Robot:
     root = desk.folder / "fleet" / "metadata" / "1.root.json"
     robot = Robot.join(desk.folder.parent / name, name, desk.store.url, desk.place.policy.path, root)
     if enrol:
-        desk.repository.enrol(*read_public(robot.fleet / "robot.pub.json"))
+        desk.repository.enrol(dict([read_public(robot.fleet / "robot.pub.json")]))
         desk.repository.send(desk.store)
     return robot
 

@@ -493,17 +493,31 @@ def test_what_cannot_be_told_waits(built, desk) -> None:
     store = desk.folder.parent / "store"
     store.rename(store.with_name("away"))
     store.write_text("no folder")
-    for k in range(3):
-        learnt(robot, built.library.certificates[2 * k : 2 * k + 2])
+    for minute in range(60):  # an hour of a timer
+        if minute % 20 == 0:
+            learnt(robot, built.library.certificates[minute // 10 : minute // 10 + 2])
         with pytest.raises(FleetError, match="cannot be written"):
             robot.push()
-        assert robot.status()["waiting"] == k + 1
+        assert robot.status()["waiting"] == minute // 20 + 1
     with pytest.raises(FleetError, match="cannot be read"):
         robot.pull()
     store.unlink()
     store.with_name("away").rename(store)
     assert robot.push()["sent"] == 3
     assert desk.collect()["a"].accepted == 6
+
+
+def test_commands_in_one_folder_wait_for_each_other(desk) -> None:
+    robot = joined(desk, "a")
+    other = Robot(robot.folder)
+    at_work = pytest.raises(FleetError, match="another `laws fleet` command is at work")
+    with robot.place.alone(), at_work, other.place.alone(patience_s=0.1):
+        pass
+    timer = threading.Timer(0.3, lambda held: held.__exit__(None, None, None), [held := robot.place.alone()])
+    held.__enter__()
+    timer.start()
+    with other.place.alone():
+        assert not timer.is_alive() or timer.finished.is_set()
 
 
 def test_waiting_is_bounded_observations_go_first(built, desk) -> None:
@@ -576,6 +590,11 @@ def test_mistakes_end_in_one_line(built, desk, tmp_path, capsys) -> None:
     assert "No such file" in fails(*join, "--name", "a", "--store", desk.store.url, "--root", "nowhere.json")
     assert "no robot of this fleet" in fails("fleet", "keys", str(desk.folder), "--revoke", "nobody")
     assert "no robot's public key" in fails("fleet", "keys", str(desk.folder), "--enrol", str(built.path))
+    some = [joined(desk, name, enrol=False).fleet / "robot.pub.json" for name in ("many-1", "many-2")]
+    before = desk.repository.targets("robots").version
+    assert main(["fleet", "keys", str(desk.folder), "--enrol", str(some[0]), "--enrol", str(some[1])]) == 0
+    assert desk.repository.robots() == ["many-1", "many-2"]
+    assert desk.repository.targets("robots").version == before + 1  # a signature for all
     assert main([*join, "--name", "a", "--store", desk.store.url, "--root", root, "--json"]) == 0
     assert "is of a fleet already" in fails(*join, "--name", "a", "--store", desk.store.url, "--root", root)
     capsys.readouterr()

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -293,6 +295,17 @@ def test_a_newer_format(attacked: Attacked) -> None:
     repository.publish(repository.targets(), files={MANIFEST: json.dumps(manifest).encode()})
     repository.send(attacked.desk.store)
     attacked.refused("format 99, this program reads 1; update laws_ros")
+    for path, member in (
+        (attacked.robot.fleet / "robot.json", Robot),
+        (attacked.desk.folder / "fleet/desk.json", Desk),
+    ):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+        with pytest.raises(FleetError, match="format 2, this program reads up to 1; update laws_ros"):
+            member(path.parent.parent)
+        for damaged in ("{}", "[]", "{"):
+            path.write_text(damaged)
+            with pytest.raises(FleetError, match=r"damaged: |cannot be read: "):
+                member(path.parent.parent)
 
 
 def test_what_the_fleet_signed_is_still_proved(attacked: Attacked, built) -> None:
@@ -335,7 +348,7 @@ def test_revoked_robot(attacked: Attacked) -> None:
     other = joined(attacked.desk, "b", enrol=False)
     told = json.loads((other.fleet / "robot.pub.json").read_text()) | {"robot": "a"}
     (other.fleet / "robot.pub.json").write_text(json.dumps(told))
-    attacked.desk.repository.enrol(*read_public(other.fleet / "robot.pub.json"))
+    attacked.desk.repository.enrol(dict([read_public(other.fleet / "robot.pub.json")]))
     one_refusal(attacked, "signed by 0/1 keys")
 
 
@@ -462,3 +475,50 @@ def test_power_cut_at_every_step(attacked: Attacked, built, tmp_path, monkeypatc
         assert reached() == expected, f"cut after {steps} steps"
         steps += 3
     assert steps > 5
+
+
+def test_killed_processes(desk, built, tmp_path) -> None:
+    """Real processes, killed at random points; LAWS_KILLS=200 for the number that issue 7 asks for."""
+    rng, kills = np.random.default_rng(), int(os.environ.get("LAWS_KILLS", "9"))
+    robots = {name: joined(desk, name) for name in ("a", "b")}
+
+    def told() -> None:
+        Robot(robots["a"].folder).push()
+
+    def published() -> None:
+        again = Desk(desk.folder)
+        again.collect(), again.publish()
+
+    def pulled() -> None:
+        Robot(robots["b"].folder).pull()
+
+    took = dict.fromkeys((told, published, pulled), 0.5)
+    c, known, inside = built.library.certificates, set(), 0
+    for k in range(kills):
+        if k % 6 == 0 and len(known) < len(c):  # so that each of the three has something to do
+            known |= set(learnt(robots["a"], c[len(known) : len(known) + 2]))
+        act = (told, published, pulled)[k % 3]
+        child = os.fork()
+        if not child:
+            try:
+                act()
+            finally:
+                os._exit(0)
+        begun, patience = time.monotonic(), rng.uniform(0.0, 1.2 * took[act])
+        while not (done := os.waitpid(child, os.WNOHANG)[0]) and time.monotonic() - begun < patience:
+            time.sleep(0.001)
+        if done:
+            took[act] = 0.9 * (time.monotonic() - begun)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            inside, took[act] = inside + 1, 1.1 * took[act]
+        snapshot = robots["b"].folder / "library.laws"
+        assert not snapshot.exists() or set(Library.load(snapshot).ids) <= known  # never half of one
+    for act in (told, published, pulled):
+        act()
+    assert inside > kills // 10 and ids(robots["b"]) == known
+    with Desk(desk.folder).place.history() as history:
+        assert history.known() == known
+    for member in (Desk(desk.folder), *(Robot(robot.folder) for robot in robots.values())):
+        assert member.place.refused() == [] and member.place.heal() is None

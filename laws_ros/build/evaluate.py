@@ -15,7 +15,8 @@ from laws_ros.core.errors import WorkloadError
 from laws_ros.runtime.cached_policy import CachedPolicy
 from laws_ros.runtime.policy import Policy
 
-from .parts import rollouts_in_parts
+from .parts import PART, Deciding, rollouts_in_parts
+from .workers import HERE, Workers
 from .workloads import Rollouts, Simulation, Step, Workload, episode_seed, rollouts
 
 BLOCKS = 50  # of time, about, into which a recording is cut; a fifth of them is held out
@@ -55,17 +56,18 @@ def policy_rollouts(
     seed: int,
     *,
     parts: Path | None = None,
+    workers: Workers = HERE,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Rollouts:
     """Episodes driven by the full policy; with a folder for `parts`, they can be interrupted and shared."""
-
-    def decide(x: NDArray[np.float32]) -> NDArray[np.float32]:
-        return policy.decide(policy.batch(x))
-
-    if parts is None:
+    decide = Deciding(policy)
+    if parts is None and workers is HERE:
         return rollouts(workload, decide, episodes, seed, progress=progress)
     identity = f"{policy.sha256} {policy.card.digest}"
-    return rollouts_in_parts(workload, decide, episodes, seed, parts, identity, progress=progress)
+    part = min(PART, -(-episodes // workers.count)) if workers is not HERE else PART
+    return rollouts_in_parts(
+        workload, decide, episodes, seed, parts, identity, part=part, workers=workers, progress=progress
+    )
 
 
 def observed(
@@ -75,6 +77,7 @@ def observed(
     seeds: tuple[int, int],
     *,
     parts: Path | None = None,
+    workers: Workers = HERE,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> tuple[Rollouts, Rollouts]:
     """What to learn from, and what to test on: whole episodes with at least `steps` observations, and a fifth as many.
@@ -87,7 +90,7 @@ def observed(
     """
     if workload.recorded is None:
         learnt, held = (
-            _visited(policy, workload, wanted, seed, parts, progress)
+            _visited(policy, workload, wanted, seed, parts, workers, progress)
             for wanted, seed in zip((steps, math.ceil(steps / 5)), seeds, strict=True)
         )
         return learnt, held
@@ -105,12 +108,13 @@ def _visited(
     steps: int,
     seed: int,
     parts: Path | None,
+    workers: Workers,
     progress: Callable[[int, int], None],
 ) -> Rollouts:
     """At least `steps` observations' worth of whole episodes, more of them where episodes end early."""
     episodes = math.ceil(steps / workload.spec.episode_steps)
     while True:
-        found = policy_rollouts(policy, workload, episodes, seed, parts=parts, progress=progress)
+        found = policy_rollouts(policy, workload, episodes, seed, parts=parts, workers=workers, progress=progress)
         total = sum(len(x) for x in found.observations)
         if total >= steps:
             return found

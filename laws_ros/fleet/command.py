@@ -61,7 +61,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     a.add_argument("--root", required=True, help="the fleet's root.json, as the desk has it, from a trusted source")
 
     a = action("keys", _keys, "list keys; enrol and revoke robots; replace a key", desk)
-    a.add_argument("--enrol", metavar="FILE", help="a robot's fleet/robot.pub.json")
+    a.add_argument(
+        "--enrol", action="append", default=[], metavar="FILE", help="a robot's fleet/robot.pub.json (repeatable)"
+    )
     a.add_argument("--revoke", metavar="NAME", help="a robot that may upload no more")
     a.add_argument("--rotate", metavar="ROLE", help="replace a key of this role by a new one")
     a.add_argument("--lost", default="", metavar="ID", help="rotate: the key to replace (default: the role's first)")
@@ -169,10 +171,10 @@ def _keys(options: argparse.Namespace) -> Result:
         if options.revoke is not None:
             repository.revoke(options.revoke)
             done += f"{options.revoke} may upload no more\n"
-        if options.enrol is not None:
-            name, key = read_public(Path(options.enrol))
-            repository.enrol(name, key)
-            done += f"{name} may upload\n"
+        if options.enrol:
+            new = dict(read_public(Path(path)) for path in options.enrol)
+            repository.enrol(new)
+            done += f"{', '.join(new)} may upload\n"
         if done:
             repository.send(desk.store)
     roles, lines = {}, []

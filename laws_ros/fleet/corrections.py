@@ -24,7 +24,7 @@ from laws_ros.core.errors import FleetError
 from laws_ros.runtime import takeovers
 from laws_ros.runtime.takeovers import TAKEOVERS
 
-from .items import tombstone
+from .items import Items, tombstone
 
 ROBOT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")  # robots' names
 _NEW = os.O_CREAT | os.O_EXCL
@@ -37,6 +37,26 @@ def author(name: str) -> str:
     """The robot whose operator took over; "" for what is no takeover's name."""
     found = _NAME.fullmatch(name)
     return found[1] if found else ""
+
+
+def may_tell(robot: str, items: Items) -> tuple[Items, list[str]]:
+    """What a robot may say of some items, and the names of the others: it speaks for no other robot.
+
+    It may tell experts (which are proved), its own takeovers, and withdraw experts, which makes libraries answer less,
+    or its own takeovers.
+    """
+
+    def may(stone: dict[str, str]) -> bool:
+        takeover = author(stone["of"])
+        return stone["by"] == robot and (len(stone["of"]) == 16 if not takeover else takeover == robot)
+
+    own = Items(
+        items.experts,
+        {name: log for name, log in items.takeovers.items() if author(name) == robot},
+        {name: stone for name, stone in items.tombstones.items() if may(json.loads(stone))},
+    )
+    rest = items - own
+    return own, sorted(rest.takeovers.keys() | rest.tombstones.keys())
 
 
 def told(folder: Path, robot: str) -> dict[str, bytes]:

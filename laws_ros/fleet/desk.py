@@ -24,7 +24,7 @@ from laws_ros.runtime.cached_policy import check_tolerance
 
 from . import corrections
 from .items import MOST_CHUNK, Chunk, Identity, Items, chunks, content_name, decode, tombstone
-from .place import Merged, Place, Progress
+from .place import STATE, Merged, Place, Progress, readable
 from .store import Store
 from .trust import DAYS, ROBOTS, Repository, read_upload, told
 
@@ -49,7 +49,8 @@ class Desk:
     def __init__(self, folder: str | Path, keys: Sequence[str | Path] = ()) -> None:
         self.folder = Path(folder)
         missing = f"{folder}: no fleet's desk; `laws fleet init` makes one"
-        self._told = _load(self.folder / "fleet" / "desk.json", missing)
+        path = self.folder / "fleet" / "desk.json"
+        self._told = readable(_load(path, missing), path, "policy", "policy_sha256", "store", "days")
         self.place = Place(self.folder, self._told["policy"], NAME)
         if self.place.policy.sha256 != self._told["policy_sha256"]:
             raise FleetError(f"{self._told['policy']}: not the policy that this fleet was made for; make another fleet")
@@ -91,7 +92,8 @@ class Desk:
         files = {MANIFEST: json.dumps(manifest).encode(), COLLECTED: b"{}"}
         lasting = {**DAYS, **(days or {})}
         Repository.create(folder / "fleet", folder / "keys", thresholds or {}, files, lasting)
-        told = {"store": store, "policy": str(Path(policy).absolute()), "policy_sha256": place.policy.sha256}
+        told = {"format": STATE, "store": store, "policy": str(Path(policy).absolute())}
+        told["policy_sha256"] = place.policy.sha256
         _save(folder / "fleet" / "desk.json", {**told, "days": lasting})
         return cls(folder)
 
@@ -173,23 +175,14 @@ class Desk:
         return data
 
     def _take(self, name: str, chunk: Chunk, merged: Merged, progress: Progress) -> None:
-        mine = Items(
-            chunk.items.experts,
-            {key: log for key, log in chunk.items.takeovers.items() if corrections.author(key) == name},
-            {key: stone for key, stone in chunk.items.tombstones.items() if self._may(name, json.loads(stone))},
-        )
-        for key in (chunk.items - mine).takeovers.keys() | (chunk.items - mine).tombstones.keys():
+        mine, strange = corrections.may_tell(name, chunk.items)
+        for key in strange:
             self.place.refuse(merged, key, name, "it speaks for another robot")
         merged += self.place.merge(mine, name, lambda text: progress(f"{name}: {text}"))
         x = chunk.misses[np.isfinite(chunk.misses).all(axis=1)]
         if len(x):
             with self.place.history() as history:
                 history.add_misses(x, self.place.policy.batch(x))
-
-    def _may(self, name: str, stone: dict[str, str]) -> bool:
-        """A robot may withdraw experts, which makes the library answer less, and release its own takeovers."""
-        takeover = corrections.author(stone["of"])
-        return stone["by"] == name and (len(stone["of"]) == 16 if not takeover else takeover == name)
 
     # -- what goes out -----------------------------------------------------------------------------------------------
 

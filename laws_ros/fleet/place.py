@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,9 @@ from .prove import Prover
 
 PREVIOUS = "library.previous.laws"
 FLEET = "fleet"  # source of experts in the history that came from elsewhere
+STATE = 1  # layout of what is kept in fleet/; older ones are read, newer ones refused
 _BATCH = 16  # experts that are proved before they are stored
+PATIENCE_S = 30.0  # for another command; a robot's cell (fleet.cell) is at work for some seconds now and then
 _SAMPLES = 1024  # observations of a self-check
 
 Progress = Callable[[str], None]
@@ -70,6 +73,19 @@ class Merged:
         return self
 
 
+def readable(told: Any, path: Path, *names: str) -> dict[str, Any]:
+    """What robot.json or desk.json says, with at least these names.
+
+    Raises:
+        FleetError: it is damaged, or a newer program wrote it.
+    """
+    if not isinstance(told, dict) or (missing := [name for name in names if name not in told]):
+        raise FleetError(f"{path}: damaged: {'no object' if not isinstance(told, dict) else f'lacks {missing[0]!r}'}")
+    if told.get("format", 1) > STATE:
+        raise FleetError(f"{path}: format {told['format']}, this program reads up to {STATE}; update laws_ros")
+    return told
+
+
 class Place:
     """One folder of state, for one policy.
 
@@ -88,8 +104,8 @@ class Place:
         self._prover = Prover(self.policy)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keeps other `laws fleet` commands out of this folder.
+    def alone(self, patience_s: float = PATIENCE_S) -> Iterator[None]:
+        """Keeps other `laws fleet` commands out of this folder, and waits for one that is at work there.
 
         Raises:
             FleetError: one is at work, the folder cannot be written, or the disk is full.
@@ -99,10 +115,15 @@ class Place:
         except OSError as error:
             raise FleetError(f"{self.fleet}: cannot be written: {error.strerror}") from None
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FleetError(f"{self.folder}: another `laws fleet` command is at work there") from None
+            end = time.monotonic() + patience_s
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        raise FleetError(f"{self.folder}: another `laws fleet` command is at work there") from None
+                    time.sleep(0.05)
             yield
         except OSError as error:
             where = error.filename or self.folder

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tuf.api.metadata import Metadata, Root
+from securesystemslib.signer import Key
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import Metadata, Root, Targets
 from tuf.ngclient import Updater, UpdaterConfig
 
 from laws_ros.core import durable
@@ -28,12 +30,13 @@ from . import corrections
 from .corrections import ROBOT
 from .desk import COLLECTED, FORMAT, MANIFEST, MOST_UPLOADS
 from .items import MOST_CHUNK, Items, chunks, content_name, decode, tombstone
-from .place import FLEET, Merged, Place, Progress
+from .place import FLEET, STATE, Merged, Place, Progress, readable
 from .store import Fetcher, Store
-from .trust import new_key, public_text, read_keys, told, upload
+from .trust import ROBOTS, new_key, public_text, read_keys, told, upload
 
 MOST_BYTES = 64 << 20  # that wait to be told
 MOST_TARGETS = 1 << 20  # bytes of metadata that lists targets
+MOST_ROBOTS = 1 << 22  # likewise, of the list of robots: 360 bytes each
 MOST_MANIFEST = 1 << 18
 MOST_COLLECTED = 1 << 22
 _CORRECTIONS, _EXPERTS, _MISSES = "corrections", "experts", "misses"
@@ -69,6 +72,7 @@ class Robot:
         told_ = self._load("robot.json", None)
         if told_ is None:
             raise FleetError(f"{folder}: is of no fleet; `laws fleet join` makes it a member")
+        readable(told_, self.fleet / "robot.json", "robot", "policy", "store")
         self.name: str = told_["robot"]
         self.place = Place(self.folder, told_["policy"], self.name)
         self.store = Store(told_["store"])
@@ -101,7 +105,7 @@ class Robot:
             durable.write(folder / "fleet" / "root.json", anchor)
             signer = new_key(folder / "fleet" / "key")
             durable.write(folder / "fleet" / "robot.pub.json", public_text(name, signer.public_key))
-            about = {"robot": name, "store": store, "policy": str(Path(policy).absolute())}
+            about = {"format": STATE, "robot": name, "store": store, "policy": str(Path(policy).absolute())}
             durable.write(folder / "fleet" / "robot.json", json.dumps(about).encode())
         except OSError as error:
             raise FleetError(f"{error.filename or folder}: {error.strerror}") from None
@@ -265,6 +269,36 @@ class Robot:
                     row["version"] = 0
             self._save("push.json", state)
 
+    def peers(self, reach: bool = True) -> dict[str, Key]:
+        """The keys of the fleet's robots, by name, as the desk has signed them; as of the last time, where the store
+        does not answer.
+
+        Args:
+            reach: for the store, even if there is a list from before.
+
+        Raises:
+            FleetError: they were never read, or what was read has expired.
+        """
+        unreached, path = "", self.fleet / "metadata" / f"{ROBOTS}.json"  # python-tuf verifies it before it writes it
+        if reach or not path.exists():
+            try:
+                _Client(self.fleet, self.store, MOST_ROBOTS).follow(ROBOTS)
+            except FleetError as error:
+                unreached = f" ({error})"
+        try:
+            robots = Metadata[Targets].from_bytes(path.read_bytes()).signed
+        except (OSError, RepositoryError) as error:
+            why = unreached or f" ({error})"
+            raise FleetError(
+                f"{self.folder}: has no list of the fleet's robots yet; reach the store once{why}"
+            ) from None
+        if robots.is_expired():
+            raise FleetError(f"{path}: expired on {robots.expires:%Y-%m-%d}; reach the store{unreached}")
+        assert robots.delegations is not None
+        return {
+            name: robots.delegations.keys[role.keyids[0]] for name, role in (robots.delegations.roles or {}).items()
+        }
+
     def status(self) -> dict[str, Any]:
         """Where this robot stands; rolls back a snapshot that fails its self-check."""
         with self.place.alone():
@@ -323,14 +357,14 @@ class Robot:
 class _Client:
     """python-tuf's client of one store; it has followed root, timestamp, snapshot and targets when this returns."""
 
-    def __init__(self, fleet: Path, store: Store) -> None:
+    def __init__(self, fleet: Path, store: Store, most_targets: int = MOST_TARGETS) -> None:
         self._fetcher, self._where = Fetcher(store), f"store {store.url}"
         with told(self._where):
             try:
                 anchor = (fleet / "root.json").read_bytes()
                 (fleet / "metadata").mkdir(exist_ok=True)
                 (fleet / "targets").mkdir(exist_ok=True)
-                config = UpdaterConfig(targets_max_length=MOST_TARGETS)
+                config = UpdaterConfig(targets_max_length=most_targets)
                 self._updater = Updater(
                     str(fleet / "metadata"),
                     "metadata/",
@@ -364,6 +398,11 @@ class _Client:
             except OSError as error:
                 raise FleetError(f"{name}: {error.strerror}: {error.filename}") from None
         return data
+
+    def follow(self, role: str) -> None:
+        """Follow a role that targets delegates to; its metadata is on the disk then."""
+        with told(f"{self._where}: {role}"):
+            self._updater.get_targetinfo(f"{role}/-")
 
     def manifest(self, place: Place) -> dict[str, Any]:
         """What the fleet has published, for this policy.

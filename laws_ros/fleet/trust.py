@@ -285,15 +285,16 @@ class Repository:
             raise
         return keyid
 
-    def enrol(self, name: str, key: Key) -> None:
-        """Let a robot upload; a robot that is known gets another key."""
+    def enrol(self, keys: Mapping[str, Key]) -> None:
+        """Let robots upload, by their names; those that are known get another key."""
         robots = self.targets(ROBOTS)
         roles = _delegated(robots).roles
         assert roles is not None
-        if name in roles:
-            self._forget(robots, name)
-        roles[name] = DelegatedRole(name, [], 1, True, paths=[f"{ROBOTS}/{name}/*"])
-        robots.add_key(key, name)
+        for name, key in keys.items():
+            if name in roles:
+                self._forget(robots, name)
+            roles[name] = DelegatedRole(name, [], 1, True, paths=[f"{ROBOTS}/{name}/*"])
+            robots.add_key(key, name)
         self.publish(robots=robots)
 
     def revoke(self, name: str) -> None:

@@ -1,0 +1,131 @@
+"""Who does the work of a build: this process, or the machines of a Ray cluster; the result is the same.
+
+One process decides, and hands out work that depends on nothing but what it is given: a range of episodes, a batch of
+regions. Items are cut in the same way whoever works on them, and answers are taken in order, so neither the number of
+workers nor which of them fails can be seen in the result. (Other processors may round otherwise in the last bit; bounds
+hold on either, since they allow for any order of summation.) docs/adr/0023-cluster-and-cell.md
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+from laws_ros import __version__
+from laws_ros.core.errors import ConfigError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+ENGINES = ("local", "ray")
+AHEAD = 2  # items per worker that are handed out before the first answer is taken
+RETRIES = 16  # of one item, on another worker each time its worker is lost
+
+
+class Workers(Protocol):
+    """Those who do the work; `count` of them."""
+
+    count: int
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """work(item) for each, in the order of the items, which are taken as there is somebody to work on them.
+
+        Args:
+            work: a callable object that pickle can send; it is sent once, as long as it is the same object.
+        """
+
+
+class _Here:
+    count = 1
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        return map(work, items)
+
+
+HERE: Workers = _Here()
+
+
+@contextmanager
+def hired(engine: str) -> Iterator[Workers]:
+    """The workers of an engine, as long as they are needed.
+
+    Ray's are those of the cluster that RAY_ADDRESS names or that runs on this machine; else one is started here, with
+    a worker per core, and ended.
+
+    Raises:
+        ConfigError: no such engine, or the cluster does not answer. ModuleNotFoundError: Ray is not installed.
+    """
+    if engine == "local":
+        yield HERE
+        return
+    if engine != "ray":
+        raise ConfigError(f"engine {engine!r}: one of {', '.join(ENGINES)} is needed")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    own = not ray.is_initialized()
+    try:
+        if own:
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        yield _Ray()
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        address = os.environ.get("RAY_ADDRESS", "started here")
+        raise ConfigError(f"Ray cluster ({address}): {str(error).splitlines()[0]}") from None
+    finally:
+        if own:
+            ray.shutdown()
+
+
+class _Ray:
+    def __init__(self) -> None:
+        import ray
+
+        self.count = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
+        self._sent: dict[int, tuple[Any, Any]] = {}  # what was sent, kept so that its id stays its own, and Ray's name
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        import ray
+
+        if id(work) not in self._sent:
+            self._sent[id(work)] = work, ray.put(work)
+        # in a list, Ray hands on the name, not the object
+        name = [self._sent[id(work)][1]]
+        waiting: deque[Any] = deque()
+        for item in items:
+            waiting.append(self._task.remote(__version__, name, item))
+            if len(waiting) >= AHEAD * self.count:
+                yield _answer(waiting.popleft())
+        while waiting:
+            yield _answer(waiting.popleft())
+
+
+def _answer(waited: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(waited)
+    except ray.exceptions.RayTaskError as error:  # what the work itself raised, as it would have been raised here
+        raise error.cause from None
+
+
+_KEPT: dict[str, Any] = {}  # by a worker process, from item to item
+
+
+def _work(version: str, name: list[Any], item: Any) -> Any:
+    """What a worker process does with an item."""
+    import ray
+
+    if version != __version__:
+        raise ConfigError(f"a worker of the cluster has laws_ros {__version__}, this is {version}; install one on all")
+    key = name[0].hex()
+    if key not in _KEPT:
+        while len(_KEPT) > 1:  # episodes and certificates at most
+            _KEPT.pop(next(iter(_KEPT)))
+        _KEPT[key] = ray.get(name[0])
+    return _KEPT[key](item)
