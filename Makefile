@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := setup.py setup.cfg pyproject.toml
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types torch test-marabou test-install bench soundness soak fuzz docs clean
+.PHONY: help run test lint types torch test-marabou test-install bench coverage soundness soak fuzz docs clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -24,6 +24,9 @@ types: .venv/.test ## static types (apart from `make test`: NumPy's own types di
 
 torch: .venv/.run ## add PyTorch and SciPy, for training policies (on PyPI it comes with CUDA, gigabytes)
 	$(BIN)/pip install --quiet --editable '.[train]' torch==2.13.0 onnxscript
+
+coverage: .venv/.test ## the core's lines that its tests run, at least 95%
+	$(BIN)/pytest -q --cov=laws_ros/core --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 test-marabou: .venv/.test ## hand small certificates to Marabou, another group's verifier (Python up to 3.11)
 	-$(BIN)/pip install --quiet maraboupy

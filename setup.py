@@ -10,7 +10,8 @@ NAME = "laws_ros"
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / NAME / "__init__.py").read_text(), re.M).group(1)
 
-MUJOCO = ["mujoco"]
+# From release 4 on, `mujoco` adds viewers and OpenGL to `mujoco-core`, 45 MB that no robot needs.
+MUJOCO = ["mujoco-core>=4; python_version >= '3.11'", "mujoco; python_version < '3.11'"]
 GYM = ["gymnasium[box2d,mujoco]"]
 # Wheels of ROS 2 Kilted exist for x86-64 only; elsewhere, and on robots, rclpy comes with ROS itself.
 ROS = [
@@ -42,9 +43,10 @@ setup(
         "sim": [*MUJOCO, "rich", "rosbags"],
         "gym": GYM,
         "train": [*MUJOCO, *GYM, "scipy", "torch", "array-api-compat"],
-        "plot": ["matplotlib", "pillow"],
+        "plot": ["matplotlib", "pillow", "pyopengl"],
         "docs": ["sphinx", "furo", "myst-parser"],
         "fleet": FLEET,
+        "cluster": ["ray"],
         "ros": ROS,
         # Any new release of ruff may bring rules that an unchanged tree breaks.
         "test": [
@@ -55,6 +57,7 @@ setup(
                 "matplotlib",
                 "pillow",
                 "pytest",
+                "pytest-cov",
                 "hypothesis",
                 "ruff==0.17.*",
                 "mypy",

@@ -18,7 +18,7 @@ extensions = ["myst_parser"]
 html_theme = "furo"
 html_title = f"laws_ros {release}"
 html_show_copyright = False
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "comparison"]  # what `laws bench` writes there
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
 
@@ -37,7 +37,7 @@ def parameters() -> str:
     from importlib import import_module
 
     page = "# Parameters\n\nOf each node; a name that a node does not know is refused, not ignored.\n"
-    for node in ("controller", "learner", "simulator"):
+    for node in ("controller", "learner", "cell", "simulator"):
         page += f"\n## {node}\n\n| parameter | default | meaning |\n| --- | --- | --- |\n"
         for p in import_module(f"laws_ros.nodes.{node}").PARAMETERS:
             default = "empty" if p.default == "" or hasattr(p.default, "name") else f"`{p.default}`"

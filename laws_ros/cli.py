@@ -18,6 +18,7 @@ from laws_ros.core.errors import ConfigError, LawsError, LibraryError
 from laws_ros.fleet import command as fleet
 
 if TYPE_CHECKING:
+    from laws_ros.build.workers import Workers
     from laws_ros.build.workloads import Workload
     from laws_ros.core.library import Library
     from laws_ros.fleet.desk import Desk
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 EXTRAS = {
     **{"rclpy": "ros", "mujoco": "sim", "rich": "sim", "gymnasium": "gym", "torch": "train", "scipy": "train"},
     **{"tuf": "fleet", "securesystemslib": "fleet", "cryptography": "fleet", "fsspec": "fleet"},
-    **{"rosbags": "sim", "matplotlib": "plot", "PIL": "plot"},
+    **{"rosbags": "sim", "matplotlib": "plot", "PIL": "plot", "OpenGL": "plot", "ray": "cluster"},
 }
 HELDOUT = 1_000_003  # added to a seed: held-out episodes share nothing with those learned from
 
@@ -84,6 +85,13 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--seed", type=_count, default=0)
     c.add_argument("--parts", help=parts)
     c.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="who runs episodes and certifies: this process, or the workers of a Ray cluster (RAY_ADDRESS; else one is "
+        "started here); the library is the same",
+    )
+    c.add_argument(
         "--kind",
         choices=("linear", "point", "lipschitz", "exact", "mixed", "linear+exact", "linear+mixed", "statistical"),
         default="linear",
@@ -92,9 +100,10 @@ def parser() -> argparse.ArgumentParser:
     )
     c.add_argument(
         "--effort",
-        default="backward",
-        help="of the bounds: interval, forward, backward (default), optimised, or split:N, on up to N parts of each "
-        "(slow and tight, for few sensors; `laws verify` may then take long, and not prove every one again)",
+        default="split:4",
+        help="of the bounds of regions that are kept: interval, forward, backward, optimised, or split:N (default "
+        "split:4), on up to N parts of each; all are found with backward, and a dearer effort is given up where it "
+        "hardly shrinks the bounds",
     )
     c.add_argument(
         "--share", type=_fraction, default=0.25, help="exact, mixed: of the policy's multiplications, at most (0.25)"
@@ -111,6 +120,12 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--fresh-episodes", type=_positive, help="statistical: to test on (default: as many as delta and beta need)"
     )
+
+    c = command("tighten", _tighten, "certify a library's regions again with a dearer effort; keep what is tighter")
+    c.add_argument("library")
+    c.add_argument("--policy", required=True)
+    c.add_argument("--effort", default="split:4", help="of the bounds, as of `laws build` (default split:4)")
+    c.add_argument("--out", required=True, help="where to write the library")
 
     c = command("verify", _verify, "try to break a library: re-check every certificate, sample, attack")
     c.add_argument("library")
@@ -140,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--steps", type=_positive, default=100_000, help="observations to learn from (default 100000)")
     c.add_argument("--episodes", type=_positive, default=10, help="held-out ones, driven by each (default 10)")
     c.add_argument("--max-regions", type=_positive, default=20_000)
+    c.add_argument("--library", help="a formal one, grown from as much with the same seed (default: one is grown)")
     c.add_argument("--delta", type=_fraction, default=0.05, help="statistical: as for build (default 0.05)")
     c.add_argument("--beta", type=_fraction, default=1e-6, help="statistical: as for build")
     c.add_argument("--fresh-episodes", type=_positive, help="statistical: as for build")
@@ -256,6 +272,7 @@ def parser() -> argparse.ArgumentParser:
     c = command("doctor", _doctor, "look at this machine: does it keep what certificates assume, and is it fit to run")
     c.add_argument("--policy", help="also try this policy here")
     c.add_argument("--library", help="and this library")
+    c.add_argument("--providers", default="", help="of cpu,cuda,tensorrt: the policy runs on the first that loads")
 
     c = command("library", _library_command, "care for the history that a learner writes")
     c.add_argument(
@@ -345,7 +362,8 @@ def _open_policy(path: str, decision: str | None = None, threads: int | None = N
     from laws_ros.runtime.files import resolve
     from laws_ros.runtime.policy import Policy
 
-    return Policy(resolve(path), threads or os.cpu_count() or 1, decision)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Policy(resolve(path), threads or cores or 1, decision)
 
 
 def parse_tolerance(text: str | None, policy: Policy, workload: Workload | None = None) -> Any:
@@ -392,6 +410,13 @@ def _plain(tolerance: Any) -> float | list[float]:
 
 
 def _build(options: argparse.Namespace) -> int:
+    from laws_ros.build.workers import hired
+
+    with hired(options.engine) as workers:
+        return _built(options, workers)
+
+
+def _built(options: argparse.Namespace, workers: Workers) -> int:
     import numpy as np
 
     from laws_ros.build import workloads
@@ -419,9 +444,8 @@ def _build(options: argparse.Namespace) -> int:
     workload = workloads.get(options.workload, policy)
     check_fit(policy, workload)
     tolerance = parse_tolerance(options.tolerance, policy, workload)
-    seen, heldout = observed(
-        policy, workload, options.steps, (options.seed, options.seed + HELDOUT), parts=_folder(options.parts)
-    )
+    seeds = options.seed, options.seed + HELDOUT
+    seen, heldout = observed(policy, workload, options.steps, seeds, parts=_folder(options.parts), workers=workers)
     rolled = time.monotonic()
     progress(
         f"{len(seen.returns)} blocks of {workload.spec.name} read"
@@ -435,7 +459,7 @@ def _build(options: argparse.Namespace) -> int:
         confidence = options.delta, options.beta
         tested = trial(
             policy, workload, *confidence, options.seed + 2 * HELDOUT, options.fresh_episodes,
-            parts=_folder(options.parts), progress=progress,
+            parts=_folder(options.parts), workers=workers, progress=progress,
         )  # fmt: skip
         growth = grow_statistical(policy, seen.observations, tested, tolerance, options.max_regions, progress)
     elif options.kind == "point":
@@ -444,8 +468,9 @@ def _build(options: argparse.Namespace) -> int:
         base = None
         if first or second in ("linear", "lipschitz"):
             base = growth = grow(
-                policy, network, observations, actions, *limits, progress=progress, effort=options.effort
-            )
+                policy, network, observations, actions, *limits,
+                progress=progress, effort=options.effort, workers=workers,
+            )  # fmt: skip
         if second == "lipschitz":
             growth = by_formula(policy, network, growth, observations, tolerance)
         elif second != "linear":
@@ -471,6 +496,8 @@ def _build(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "train_observations": len(observations),
         "heldout_observations": len(fresh),
+        "entropy_bits": round(growth.library.entropy, 3),
+        "predicted_regions": round(growth.library.predicted(len(observations))),
         "rollout_seconds": round(rolled - start, 2),
     }
     if statistical and hit.any():
@@ -495,6 +522,32 @@ def _build(options: argparse.Namespace) -> int:
             + (f"; {result['heldout_exceedance']:.3%} of these beyond their bound" if "delta" in result else "")
         ),
     )
+    return 0
+
+
+def _tighten(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from laws_ros.build.grow import tighten
+    from laws_ros.runtime.cached_policy import open_pair
+    from laws_ros.runtime.files import resolve
+    from laws_ros.runtime.onnx_graph import load_network
+
+    out = _writable(options.out)
+    library, policy = open_pair(resolve(options.library), resolve(options.policy), os.cpu_count() or 1)
+    found, tried = tighten(library, load_network(policy.path), options.effort, _Progress("tighten"))
+    shrunk = (found.certificates.worst / library.certificates.worst).max(axis=1)
+    found = replace(found, notes=found.notes | {"effort": options.effort})
+    found.save(out)
+    result = {
+        "regions": len(found),
+        "certificates_tried": tried,
+        "tighter": int((shrunk < 1.0).sum()),
+        "median_bound_over_old": float(np.median(shrunk)) if len(shrunk) else None,
+        "library": str(out),
+    }
+    text = f"{out}: {result['tighter']} of {len(found)} bounds are tighter"
+    _print(options, result, text + (f", the median is {np.median(shrunk):.2f} of what it was" if len(shrunk) else ""))
     return 0
 
 
@@ -606,20 +659,29 @@ def _eval(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from laws_ros.build import bench, workloads
     from laws_ros.build.evaluate import check_fit
+    from laws_ros.core.library import Library
+    from laws_ros.runtime.files import resolve
 
     out = Path(options.out).expanduser() if options.out else None
-    if out is not None and not out.is_dir():
-        raise ConfigError(f"--out {out}: an existing folder is needed")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be made a folder: {error.strerror}") from None
     base = options.workload.partition("?")[0]
     policy = _open_policy(options.policy or f"models/{base}.onnx", options.decision, threads=1)
     workload = workloads.get(options.workload, policy)
     check_fit(policy, workload)
     numbers = {"steps", "episodes", "seed", "max_regions", "fresh_episodes", "delta", "beta"}
+    library = None
+    if options.library:
+        library = Library.load(resolve(options.library))
+        library.check_policy(policy.sha256, policy.card, options.library, str(policy.path))
     found = bench.bench(
         policy,
         workload,
         parse_tolerance(options.tolerance, policy, workload),
-        bench.Budget(**{name: getattr(options, name) for name in numbers}),
+        bench.Budget(library=library, **{name: getattr(options, name) for name in numbers}),
         _names(options.methods),
         _Progress("bench"),
     )
@@ -958,7 +1020,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
     if options.library and not options.policy:
         raise ConfigError("--library needs the --policy that it was made for")
-    findings = examine(*(resolve(path) if path else None for path in (options.policy, options.library)))
+    policy, library = (resolve(path) if path else None for path in (options.policy, options.library))
+    findings = examine(policy, library, _names(options.providers))
     failed = [f for f in findings if f.verdict == "fail"]
     lines = [f"{f.verdict:5}{f.topic:24}{f.text}" for f in findings]
     verdict = "do not run certificates on this machine" if failed else "fit to run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +69,14 @@ def test_replayed_answers_are_those_of_the_cell_or_the_neighbour(case):
 
 
 def test_the_rule_takes_the_most_answers_within_the_tolerance():
-    def choice(name, hit_rate, worst, cost):
-        return baselines._Choice(hit_rate, worst, cost, lambda: baselines.Method(name, lambda x: None, "", 0))
+    def choice(name, hit_rate, worst, cost, others=0.1):
+        error = np.array([worst, others, 0.1])
+        return baselines._Choice(hit_rate, error, cost, lambda: baselines.Method(name, lambda x: None, "", 0))
 
     good = [choice("a", 0.5, 0.9, 1), choice("b", 0.8, 1.0, 9), choice("c", 0.8, 0.4, 2), choice("d", 0.99, 1.01, 1)]
     assert baselines._best(good).name == "c"
     assert baselines._best([good[3], choice("e", 0.1, 1.005, 1)]).name == "e"
+    assert baselines._best([choice("f", 0.9, 1.2, 1, 1.1), choice("g", 0.9, 7.0, 1)]).name == "g"  # less often
     score, error = np.array([3.0, 1.0, 2.0, 0.5]), np.array([0.1, 0.2, 1.5, 0.3])
     assert baselines._largest_within(score, error) == 1.0
 
@@ -92,14 +95,13 @@ def test_learned_stand_ins_run_as_they_were_trained(case, monkeypatch):
     pytest.importorskip("torch", reason="learned stand-ins need PyTorch: make torch")
     monkeypatch.setattr(baselines, "STEPS", 150)
     monkeypatch.setattr(baselines, "WIDTHS", (16, 32))
-    monkeypatch.setattr(baselines, "ROUTED", (16,))
     monkeypatch.setattr(baselines, "EXPERTS", (4, 8))
     learned = baselines.Learned(case)
     always = learned.student(), learned.mixture()
     for method in always:
         hit, error = answers(case, method, case.tuning_x)
         assert hit.all() and np.median(error) < 2.0  # it learned something: the actions span twenty tolerances
-    module = learned._students[32 if "32" in always[0].setting else 16]
+    module, _ = learned._trained[32 if "32" in always[0].setting else 16]
     expected = learned._delivered(module(learned.tuning_z))
     got = np.array([always[0].lookup(row) for row in case.tuning_x])
     np.testing.assert_allclose(got, expected, atol=1e-4)
@@ -110,10 +112,11 @@ def test_learned_stand_ins_run_as_they_were_trained(case, monkeypatch):
 
 def test_everything_is_measured_on_the_same_episodes(policy, monkeypatch, tmp_path, capsys):
     pytest.importorskip("torch", reason="learned stand-ins need PyTorch: make torch")
-    for name, value in (("STEPS", 100), ("WIDTHS", (16,)), ("ROUTED", (16,)), ("EXPERTS", (4,))):
+    for name, value in (("STEPS", 100), ("WIDTHS", (16,)), ("EXPERTS", (4,))):
         monkeypatch.setattr(baselines, name, value)
     arguments = ["bench", "gym:Pendulum-v1", "--policy", str(policy.path), "--tolerance", "0.4", "--steps", "1000"]
     arguments += ["--episodes", "2", "--max-regions", "60", "--delta", "0.4", "--beta", "0.1", "--fresh-episodes", "20"]
+    tmp_path = tmp_path / "new" / "folder"
     assert main([*arguments, "--out", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = {row["method"]: row for row in found["rows"]}
@@ -133,6 +136,29 @@ def test_everything_is_measured_on_the_same_episodes(policy, monkeypatch, tmp_pa
     picture = ElementTree.fromstring((tmp_path / "bench.svg").read_text())
     words = " ".join(picture.itertext())
     assert all(name in words for name in rows) and "href" not in (tmp_path / "bench.svg").read_text()
+
+
+def test_the_table_in_words_says_who_leads_at_what():
+    def row(name, step, worst, beyond=0.0, guaranteed=None, promise="none"):
+        steps = {"mean": step, "p50": step, "p99": step}
+        return bench.Row(name, "", 0.9, steps, 1000 / step, worst, beyond, guaranteed, promise, 99.0, 1, 1.0)
+
+    policy = row("full policy", 1000.0, 0.0, 0.0, 0.0, "is the policy")
+    ours = row("LAWS, formal", 40.0, 0.8, 0.0, 1.0, "proved, as executed")
+    formula = row("formula, global constant", 900.0, 0.0, 0.0, 1.0, "proved, up to rounding")
+    student, near = row("distilled student", 20.0, 1.5, 0.01), row("learned router", 42.0, 0.5)
+
+    def said(*rows):
+        return bench.verdicts(bench.Comparison("w", "p", [1.0], 1, 1, 1, 0, list(rows), {}))
+
+    alone = said(policy, ours, formula, row("mixture of experts", 60.0, 0.1))
+    assert "25.0 times cheaper" in alone[0] and "100.00% of the return" in alone[0]
+    assert [line.rpartition(": ")[2] for line in alone[1:]] == ["none."] * 3  # slower ones beat nothing
+    many = said(policy, ours, formula, student, near)
+    assert "learned router (0.95 times as fast; at worst 0.5" in many[2] and "student" not in many[2]
+    assert "distilled student (2 times as fast; at worst 1.5 tolerances, 1.00% of the steps beyond)" in many[3]
+    quick = replace(formula, step_us={"mean": 10.0, "p50": 10.0, "p99": 10.0})
+    assert "formula" in said(policy, ours, quick)[1] and said(policy, student) == []
 
 
 def test_decisions_are_compared_too(tmp_path, capsys):
@@ -159,7 +185,7 @@ def test_bad_input_is_one_line(policy, tmp_path, capsys):
     path = str(policy.path)
     for arguments, words in (
         (("gym:Pendulum-v1", "--policy", path, "--methods", "fomal"), "'fomal' is none of policy, cache"),
-        (("gym:Pendulum-v1", "--policy", path, "--out", str(tmp_path / "no")), "an existing folder"),
+        (("gym:Pendulum-v1", "--policy", path, "--out", path), "cannot be made a folder"),
         (("gym:CartPole-v1", "--policy", path), "takes 3 observations"),
         (("cart", "--policy", path), "unknown"),
     ):

@@ -22,6 +22,17 @@ def test_it_comes_back_from_its_own_dictionary() -> None:
     assert Card.from_dict(unlimited.to_dict(), "x") == unlimited
 
 
+def test_what_a_card_states_as_vectors() -> None:
+    one = card()
+    assert one.low.tolist() == [-5.0] * 3 and one.high.tolist() == [5.0] * 3
+    assert one.action_range.tolist() == [2.0, 2.0]
+    assert np.isinf(Card.plain("p", 3, 2, "none").action_range).all()
+    with pytest.raises(CardError, match=r"c.yaml: a card is a mapping, found list"):
+        Card.from_dict([], "c.yaml")
+    assert one.difference(replace(one, actions=one.actions[:1])) == "2 actions against 1"
+    assert one.difference(one) == "no difference"
+
+
 def test_the_digest_binds_order_units_and_ranges_but_not_the_name() -> None:
     one = card()
     a, b, c = one.observations
@@ -50,6 +61,8 @@ def test_the_digest_binds_order_units_and_ranges_but_not_the_name() -> None:
         ({"actions": "none"}, "actions: a list"),
         ({"decision": "argmaximum"}, "decision: 'argmaximum' is none of"),
         ({"context": ["station"]}, "context: 'station' is not one of"),
+        ({"context": "a.position"}, "context: a list of observation names is needed, found 'a.position'"),
+        ({"actions": ["effort"]}, r"actions\[0\]: a mapping with name, unit, low, high is needed, found 'effort'"),
     ],
 )
 def test_a_malformed_card_is_refused_by_field_and_value(changes, message) -> None:

@@ -265,3 +265,13 @@ def test_an_effort_that_is_none_is_refused_before_any_work(capsys, tmp_path) -> 
     arguments = ["build", "--policy", "p.onnx", "--workload", "cartpole", "--out", str(tmp_path / "p.laws")]
     assert main([*arguments, "--effort", "tight"]) == 2
     assert "effort 'tight': choose interval, forward, backward, optimised, or split:N" in capsys.readouterr().err
+
+
+def test_a_library_is_tightened(built, capsys, tmp_path) -> None:
+    policy, old, new = ["--policy", str(built.policy.path)], tmp_path / "old.laws", tmp_path / "new.laws"
+    built.library.save(old)
+    found = run_json(capsys, "tighten", str(old), *policy, "--out", str(new))
+    assert 0 < found["tighter"] <= found["regions"] == len(built.library) and found["median_bound_over_old"] < 1.0
+    verified = run_json(capsys, "verify", str(new), *policy, "--samples", "2000")
+    assert verified["rechecked"] == found["regions"] and verified["violations"] == 0
+    assert "effort 'more'" in refused(capsys, "tighten", str(old), *policy, "--effort", "more", "--out", str(new))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
+from laws_ros.build import calibrate
 from laws_ros.cli import parser
 from laws_ros.core.card import Card
+from laws_ros.core.library import Library
 from laws_ros.runtime.files import share_path
 from laws_ros.runtime.policy import Policy
 
@@ -42,6 +46,56 @@ def test_a_policy_from_torch_with_its_card(tmp_path: Path, monkeypatch: pytest.M
     policy = Policy("policy.onnx")
     assert isinstance(policy.card, Card)
     assert [c.name for c in policy.card.actions] == ["slider.effort"]
+
+
+EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """As from a shell, but in this process, which has imported what takes long."""
+    path = ROOT / "docs/examples" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--quick", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not ended.value.code
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small policy of the cart-pole, which the example for torch makes."""
+    pytest.importorskip("torch", reason="training needs PyTorch: make torch")
+    pytest.importorskip("mujoco", reason="the cart-pole needs MuJoCo: pip install 'laws_ros[sim]'")
+    out = tmp_path_factory.mktemp("example")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_example("own_torch_policy", monkeypatch, "--out", out)
+    return out / "own.onnx"
+
+
+@pytest.mark.parametrize("name", [p.stem for p in EXAMPLES])
+def test_examples_run(name: str, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {
+        "own_torch_policy": (),
+        "stable_baselines": ("dqn.laws",),
+        "from_a_bag": ("run.mcap", "bag.laws"),
+        "prove_and_report": ("proved.laws", "report.html", "robot.zip"),
+        "calibrate": ("calibrated.laws",),
+    }[name]
+    if name == "own_torch_policy":
+        assert Library.load(own.with_suffix(".laws")).policy_sha256 == Policy(own).sha256
+        return
+    if name == "stable_baselines":
+        pytest.importorskip("stable_baselines3", reason="Stable-Baselines3 is not installed: pip install it")
+        run_example(name, monkeypatch, "--out", tmp_path)
+    else:
+        for constant, value in (("GRID", (0.02, 0.16)), ("REFINE", 1), ("ROUNDS", 1), ("SWITCH_S", (0.1,))):
+            monkeypatch.setattr(calibrate, constant, value)
+        run_example(name, monkeypatch, "--policy", own, "--out", tmp_path)
+    assert set(made) <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_every_example_is_on_the_page() -> None:
+    text = (ROOT / "docs/examples.md").read_text()
+    assert EXAMPLES and all(f"examples/{path.name}" in text for path in EXAMPLES)
 
 
 def commands(page: Path) -> list[str]:

@@ -21,10 +21,13 @@ PARTS: dict[str, tuple[set[str], set[str]]] = {
     "runtime": ({"core"}, {"numpy", "onnx", "onnxruntime", "yaml", "numba"}),
     "build": ({"core", "runtime"}, {"numpy", "scipy", "yaml", "onnx", "onnxruntime", "torch", "mujoco", "gymnasium"}),
     "fleet": ({"core", "runtime"}, {"numpy", "fsspec", "tuf", "securesystemslib", "cryptography"}),
-    "nodes": ({"core", "runtime", "build"}, {"numpy", "rich", "rclpy", "rcl_interfaces", "builtin_interfaces"}),
+    "nodes": (
+        {"core", "runtime", "build", "fleet"},
+        {"numpy", "rich", "rclpy", "rcl_interfaces", "builtin_interfaces"},
+    ),
     "cli": ({"core", "runtime", "build", "fleet", "nodes"}, {"numpy", "rich"}),
 }
-PARTS["build"][1].update({"matplotlib", "PIL", "rosbags", "array_api_compat"})  # pictures, bags, bounds on torch
+PARTS["build"][1].update({"matplotlib", "PIL", "rosbags", "array_api_compat", "ray"})  # pictures, bags, bounds on torch
 PARTS["nodes"][1].add("rosbags")
 MESSAGES = {"diagnostic_msgs", "rosgraph_msgs", "sensor_msgs", "std_msgs", "std_srvs", "lifecycle_msgs"}
 PARTS["nodes"][1].update(MESSAGES)
@@ -32,7 +35,7 @@ PARTS["nodes"][1].update(MESSAGES)
 HOT = ("runtime.cached_policy", "nodes.controller", "nodes.loop")
 # what the hot path must not reach
 OFFLINE = ("core.bounds", "core.propagate", "core.relax", "core.certify", "core.checker", "build", "fleet")
-HEAVY = {"torch", "gymnasium", "mujoco"}
+HEAVY = {"torch", "gymnasium", "mujoco", "ray"}
 
 
 def imports(tree: ast.Module, module: str) -> Iterator[tuple[str, bool]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import configparser
+import json
 import os
 import re
 import runpy
 import subprocess
+import time
 import venv
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -126,6 +128,33 @@ def test_pip_install(tmp_path: Path, editable: bool) -> None:
     if not editable:
         for script in ("controller", "simulator"):
             assert os.access(tmp_path / "venv/lib/laws_ros" / script, os.X_OK)
+
+
+@pytest.mark.slow
+def test_a_release_runs_the_demo_in_a_clean_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """sdist, the wheel made of it, the wheel installed, `laws demo` run: prints the figures of docs/start.md."""
+    venv.create(tmp_path / "tools", with_pip=True)
+    python = tmp_path / "tools/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "build"], check=True, cwd=tmp_path)
+    subprocess.run([python, "-m", "build", "--outdir", tmp_path / "dist", str(ROOT)], check=True, capture_output=True)
+    (wheel,), (sdist,) = ([*(tmp_path / "dist").glob(pattern)] for pattern in ("*.whl", "*.tar.gz"))
+    start = time.monotonic()
+    venv.create(tmp_path / "venv", with_pip=True)
+    pip = [tmp_path / "venv/bin/python", "-m", "pip", "install", "--quiet", "--no-cache-dir", f"{wheel}[sim,ros]"]
+    subprocess.run(pip, check=True, cwd=tmp_path)
+    installed = time.monotonic()
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    command = [tmp_path / "venv/bin/laws", "demo", "--seconds", "30", "--json"]
+    demo = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=alone)
+    finished = time.monotonic()
+    assert json.loads(demo.stdout)["violations"] == 0
+    files = {f.stat().st_ino: f.stat().st_size for f in (tmp_path / "venv").rglob("*") if f.is_file()}
+    size = sum(files.values()) / 1e6
+    with capsys.disabled():
+        print(f"\nwheel {wheel.stat().st_size / 1e6:.0f} MB, sdist {sdist.stat().st_size / 1e6:.0f} MB")
+        print(f"environment made and installed in {installed - start:.0f} s, {size:.0f} MB")
+        print(f"`laws demo` finished {finished - start:.0f} s after the beginning")
+    assert size < 700.0
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from laws_ros.build import svg
-from laws_ros.build.report import report, why
+from laws_ros.build.report import report
+from laws_ros.build.traffic import why
 from laws_ros.build.workloads import Workload, WorkloadSpec
 from laws_ros.cli import main
 from laws_ros.core.certificate import FORMAL, Certificates
@@ -206,11 +207,14 @@ def test_a_decision_has_no_tolerance(tmp_path, capsys):
 def test_a_library_of_ten_thousand_stays_small(built):
     rng, c = np.random.default_rng(0), built.library.certificates
     which = np.arange(10_000) % len(c)
-    center = c.center[which] + rng.normal(size=(10_000, 3)) * [2.0, 2.0, 4.0]
+    spread = np.array([20.0, 20.0, 40.0])
+    center = c.center[which] + rng.normal(size=(10_000, 3)) * spread
     many = replace(c[which], center=center)
     library = replace(built.library, certificates=many, visits=rng.integers(0, 1000, 10_000))
-    text = report(library.indexed(Trie.over(many.regions)))
-    assert 50_000 < len(text) < 1_000_000 and Page(text)
+    x = np.r_[center[::10] + 0.01, rng.normal(size=(3000, 3)) * spread].astype(np.float32)
+    replayed = recorded(built.policy.card, x)
+    text = report(library.indexed(Trie.over(many.regions)), built.policy, replayed, kinds=["linear"])
+    assert 100_000 < len(text) < 1_000_000 and Page(text) and "of 4,000 held-out steps" in text
 
 
 def test_bad_input_is_one_line(built, tmp_path, capsys):

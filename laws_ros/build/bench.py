@@ -49,6 +49,7 @@ METHODS = {
 }
 WARM_UP = 20  # calls of every method before any is timed
 GAP = 1_000_003  # between the seeds of training, tuning, trial and held-out episodes
+EQUAL = 1.1  # mean steps that differ by less are equally fast
 FLOOR = 0.05  # of a tolerance: smaller errors are drawn there
 
 
@@ -92,18 +93,20 @@ class Comparison:
     skipped: dict[str, str]
 
     def record(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"verdicts": verdicts(self)}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is learned from and measured; the last three are for the statistical kind (build.statistical)."""
+    """How much is learned from and measured; `fresh_episodes`, `delta` and `beta` are for the statistical kind
+    (build.statistical). library: of formal kinds, grown from observations of the same seed; None: one is grown."""
 
     steps: int = 100_000
     episodes: int = 10
     seed: int = 0
     max_regions: int = 20_000
     fresh_episodes: int | None = None
+    library: Library | None = None
     delta: float = 0.05
     beta: float = 1e-6
 
@@ -193,10 +196,12 @@ def _make(
 
 
 def _formal(case: Case, network: Network, budget: Budget, progress: Callable[[str], None]) -> Method:
-    growth = grow(
-        case.policy, network, case.x, case.actions, case.tolerance, budget.max_regions, progress=progress
-    )  # fmt: skip
-    return _laws("LAWS, formal", case, growth.library, FORMAL, 0.0 if case.discrete else 1.0, "proved, as executed")
+    library = budget.library
+    if library is None:
+        limits = case.tolerance, budget.max_regions
+        library = grow(case.policy, network, case.x, case.actions, *limits, progress=progress).library
+    made = _laws("LAWS, formal", case, library, FORMAL, 0.0 if case.discrete else 1.0, "proved, as executed")
+    return made if budget.library is None else replace(made, setting=f"{made.setting}, as given")
 
 
 def _statistical(case: Case, budget: Budget, progress: Callable[[str], None]) -> Method:
@@ -282,6 +287,36 @@ def _measure(case: Case, methods: list[Method], episodes: int, seed: int, progre
     return rows
 
 
+def verdicts(found: Comparison) -> list[str]:
+    """What the table says about the formal library, in words: where it leads, and who beats it at what."""
+    ours, others = (
+        next((r for r in found.rows if r.method == METHODS["formal"]), None),
+        [r for r in found.rows if r.method not in (METHODS["formal"], METHODS["policy"])],
+    )
+    best = next(r for r in found.rows if r.method == METHODS["policy"])
+    if ours is None or ours.guaranteed is None:
+        return []
+
+    def words(r: Row) -> str:
+        kept = f"at worst {r.worst_error:.3g} tolerances, {r.beyond:.2%} of the steps beyond"
+        return f"{r.method} ({ours.step_us['mean'] / r.step_us['mean']:.2g} times as fast; {kept})"
+
+    def listed(rows: list[Row], otherwise: str) -> str:
+        return "; ".join(map(words, rows)) or otherwise
+
+    proved = [r for r in others if r.promise.startswith("proved") and (r.guaranteed or 0.0) <= ours.guaranteed]
+    step = ours.step_us["mean"]
+    faster = [r for r in others if r.step_us["mean"] <= step / EQUAL]
+    exact = [r for r in others if r.step_us["mean"] <= step * EQUAL and r.worst_error < ours.worst_error]
+    return [
+        f"A mean step of {ours.method} is {ours.speedup:.1f} times cheaper than the policy's; it keeps "
+        f"{ours.mean_return / best.mean_return:.2%} of the return.",
+        "Proved as much and faster: " + listed([r for r in proved if r in faster], "none") + ".",
+        "As fast or faster, and nearer to the policy: " + listed(exact, "none") + ".",
+        "Faster, without that proof: " + listed([r for r in faster if r not in proved], "none") + ".",
+    ]
+
+
 _HEAD: tuple[str, ...] = ("method", "hit rate", "mean step", "p99", "speed-up", "worst error seen", "steps beyond")
 _HEAD += ("guaranteed", "return", "bytes", "made in", "setting")
 
@@ -306,6 +341,7 @@ def markdown(found: Comparison) -> str:
             *(_size(r.bytes), f"{r.made_s:.0f} s", r.setting),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"- {text}" for text in verdicts(found))]
     lines += [f"\nNot measured: {name}: {reason}." for name, reason in found.skipped.items()]
     return "\n".join(lines) + "\n"
 

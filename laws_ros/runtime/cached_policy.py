@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laws_ros.core.certificate import COLLAPSED, KINDS, check_kinds
-from laws_ros.core.errors import ConfigError, ObservationError
+from laws_ros.core.errors import ConfigError, LibraryError, ObservationError
 from laws_ros.core.library import Library
 
 from .experts import Experts
 from .policy import Policy
+from .providers import CPU, Engine
 from .routing import Router
 
 
@@ -53,12 +54,18 @@ class CachedPolicy:
         tolerance: Sequence[float] | None = None,
         kinds: Iterable[str] | None = None,
     ) -> None:
-        """Raises ConfigError for a tolerance of the wrong length, negative or NaN, or a kind that does not exist.
+        """Raises ConfigError for a tolerance of the wrong length, negative or NaN, or a kind that does not exist;
+        LibraryError where the policy runs in another precision than the library was certified for.
 
         Args:
             tolerance: one for all actions or one each, action units; the library's own if None.
             kinds: of certificates that may answer; None or none at all: the formal ones (core.certificate.FORMAL).
         """
+        if library.precision != policy.engine.precision:
+            raise LibraryError(
+                f"certified for {library.precision}, but {policy.path.name} runs on {policy.engine} in "
+                f"{policy.engine.precision}, which is another program; name a provider without a precision"
+            )
         self.library, self.policy, self.card = library, policy, policy.card
         self.tolerance = check_tolerance(library.tolerance if tolerance is None else tolerance, policy)
         self._low, self._high = self.card.limits
@@ -78,13 +85,14 @@ class CachedPolicy:
         *,
         tolerance: Sequence[float] | None = None,
         kinds: Iterable[str] | None = None,
+        engine: Engine = CPU,
     ) -> CachedPolicy:
-        """Open a policy and its library; arguments as above.
+        """Open a policy and its library; arguments as above. The policy runs on `engine`, experts on the CPU.
 
         Raises:
             LawsError: either file is missing or damaged, they do not belong together, or an argument is wrong.
         """
-        return cls(*open_pair(library_path, policy_path), tolerance, kinds)
+        return cls(*open_pair(library_path, policy_path, engine=engine), tolerance, kinds)
 
     def set_tolerance(self, tolerance: Sequence[float]) -> None:
         """Other tolerances from the next observation on; cheap, so it may happen between two control steps.
@@ -102,7 +110,7 @@ class CachedPolicy:
             return None
         if self._experts is None:
             return Answer(np.array([self.router.wins.argmax()], np.float32), region, self._none, self._kind[region])
-        action = self._experts(region, self.router.observation).copy()
+        action = self._experts.routed(region).copy()
         if self._beyond[region]:
             np.minimum(np.maximum(action, self._low, out=action), self._high, out=action)
         return Answer(action, region, self.router.bound.copy(), self._kind[region])
@@ -133,13 +141,15 @@ class CachedPolicy:
         return [bool(k) for k in ~within | certificates.among(COLLAPSED)]
 
 
-def open_pair(library_path: str | Path, policy_path: str | Path, threads: int = 1) -> tuple[Library, Policy]:
+def open_pair(
+    library_path: str | Path, policy_path: str | Path, threads: int = 1, engine: Engine = CPU
+) -> tuple[Library, Policy]:
     """A library and the policy it was made for; a policy without a card takes the library's.
 
     Raises:
         LawsError: either file is missing or damaged, or they do not belong together.
     """
-    policy = Policy(policy_path, threads)
+    policy = Policy(policy_path, threads, engine=engine)
     library = Library.load(library_path)
     if not policy.has_card and len(library.card.observations) == policy.observations:
         policy.card = library.card

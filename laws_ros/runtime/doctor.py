@@ -6,12 +6,16 @@ assumptions are tried on the very machine that will run them, next to what a con
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
+import mmap
 import os
 import platform
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,17 +25,22 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from laws_ros.core.errors import LawsError
+from laws_ros.core.certificate import decision_rows
+from laws_ros.core.errors import ConfigError, LawsError
 from laws_ros.core.functions import FUNCTIONS
 from laws_ros.core.network import Elementwise
+from laws_ros.core.point import certify_points
 
 from .cached_policy import CachedPolicy
 from .onnx_graph import load_network
 from .policy import Policy
+from .providers import CPU, Engine, check_exact, choose, disagreement
 from .sessions import session
 
 PACKAGES = ("numpy", "onnx", "onnxruntime", "pyyaml", "numba", "mujoco", "gymnasium", "torch")
 NEEDED = PACKAGES[:4]
+ENGINES = ("cuda", "tensorrt", "tensorrt:float16")  # tried beside the CPU
+LOCKED = 64 << 20  # bytes
 
 
 class Finding(NamedTuple):
@@ -42,18 +51,29 @@ class Finding(NamedTuple):
     text: str
 
 
-def examine(policy_path: str | Path | None = None, library_path: str | Path | None = None) -> list[Finding]:
+def examine(
+    policy_path: str | Path | None = None, library_path: str | Path | None = None, providers: Sequence[str] = ()
+) -> list[Finding]:
     """Look at the machine, and at a policy and its library if they are given.
 
+    Args:
+        providers: the controller's parameter: the policy has to run on the first of these that can be used.
+
     Raises:
-        LawsError: the policy or the library cannot be opened, or they do not belong together.
+        LawsError: the policy or the library cannot be opened, or they do not belong together; no such provider.
     """
-    findings = [*_software(), *_arithmetic(), *_clock(), *_permissions()]
-    if policy_path is not None:
-        policy = Policy(policy_path)
-        findings += [*_functions(policy), *_providers(policy)]
-        if library_path is not None:
-            findings += _latency(CachedPolicy.open(library_path, policy_path))
+    wanted = [Engine.of(name) for name in providers]
+    findings, engine = [*_software(), *_arithmetic(), *_clock(), *_permissions()], CPU
+    try:
+        engine = choose(providers)
+    except ConfigError as error:
+        findings.append(Finding("fail", "providers", str(error)))
+    policy = Policy(policy_path) if policy_path is not None else None
+    if policy is not None:
+        findings += _functions(policy)
+    findings += _engines(policy, wanted, engine)
+    if library_path is not None and policy_path is not None and "fail" not in {f.verdict for f in findings}:
+        findings += _latency(CachedPolicy.open(library_path, policy_path, engine=engine))
     return findings
 
 
@@ -61,8 +81,9 @@ def _software() -> list[Finding]:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     found = [Finding("ok", "machine", machine)]
     for name in PACKAGES:
-        try:
-            found.append(Finding("ok", name, importlib.metadata.version(name)))
+        try:  # a Jetson's ONNX Runtime is of another name: onnxruntime-gpu
+            version = ort.__version__ if name == "onnxruntime" else importlib.metadata.version(name)
+            found.append(Finding("ok", name, version))
         except importlib.metadata.PackageNotFoundError:
             missing = f"not installed; pip install {name}"
             found.append(Finding("fail" if name in NEEDED else "note", name, missing))
@@ -122,32 +143,56 @@ def _functions(policy: Policy) -> list[Finding]:
     return found
 
 
-def _providers(policy: Policy) -> list[Finding]:
-    """Which execution providers really load this policy, and how far each is from the certified one."""
-    rng = np.random.default_rng(0)
-    low = np.maximum(policy.card.low, -3.0)
-    high = np.minimum(policy.card.high, 3.0)
-    x = rng.uniform(low, high, (64, policy.observations)).astype(np.float32)
-    want = np.array([policy(row) for row in x])
-    found = []
-    for name in ort.get_available_providers():
-        if name in ("CPUExecutionProvider", "AzureExecutionProvider"):  # the certified one; and a remote service
+def _engines(policy: Policy | None, wanted: Sequence[Engine], chosen: Engine) -> list[Finding]:
+    """What runs the policy: which engines really load, and how far each is from the certified program.
+
+    Certificates allow every float32 execution; `certify_points` says how far two of them can be apart at an
+    observation. The CPU is compared with exact arithmetic, every other engine with the CPU.
+    """
+    found, allowed = [], None
+    if policy is not None:
+        x = policy.probes()
+        answers = np.array([policy(row) for row in x])
+        text = "float32, without graph rewriting"
+        share, rows = 0.0, decision_rows(policy.actions, policy.card.decision)
+        with contextlib.suppress(LawsError):  # it cannot be bounded; _functions has said so
+            network = load_network(policy.path)
+            allowed = certify_points(network, x, answers, policy.card.decision).bound_offset
+            share = _share(answers, network(x.astype(float)), rows, allowed)
+            text += f"; {share:.2%} of the certified rounding from exact arithmetic"
+        found.append(Finding("ok" if share <= 1.0 else "fail", "on cpu", text))
+    for engine in dict.fromkeys([*wanted, *map(Engine.of, ENGINES)]):
+        if engine == CPU:
             continue
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
+        bad = "fail" if engine == chosen else "note"  # nobody needs the others
         try:
-            other = ort.InferenceSession(str(policy.path), options, providers=[name])
-            if other.get_providers()[0] != name:
-                found.append(Finding("note", name, "offered, but does not load on this machine"))
+            check_exact(engine)
+            if policy is None:
+                found.append(Finding("ok", f"on {engine}", "loads, and multiplies as its name says"))
                 continue
-            feed = other.get_inputs()[0].name
-            got = np.array([other.run(None, {feed: row.reshape(policy.shape)})[0].reshape(-1) for row in x])
-        except Exception as error:  # every provider raises its own kinds
-            found.append(Finding("note", name, f"offered, but cannot run this policy: {str(error).splitlines()[0]}"))
+            other = Policy(policy.path, decision=policy.card.decision, engine=engine)
+            got = np.array([other(row) for row in x])
+        except LawsError as error:
+            found.append(Finding(bad, f"on {engine}", str(error).removeprefix(f"{engine}: ")))
             continue
-        text = f"loads; differs from the CPU by up to {np.abs(got - want).max():.2g}. Certificates do not cover it"
-        found.append(Finding("note", name, text))
-    return [Finding("ok", "CPUExecutionProvider", "float32, without graph rewriting: what certificates cover"), *found]
+        p50, p99 = _timed(list(np.repeat(x, 8, axis=0)), other)
+        text = f"loads; {p50:.0f} us (median), {p99:.0f} us (p99); from the CPU "
+        text += f"{disagreement(other, policy, x):.3g} times what float32's last bits do"
+        share = 0.0
+        if allowed is not None:
+            share = _share(got, answers, rows, allowed)
+            text += f", {share:.2%} of the certified rounding"
+        good = engine.precision == "float32" and share <= 1.0
+        text += "" if good else "; certificates made for float32 do not cover it, and the controller refuses it"
+        found.append(Finding("ok" if good else bad, f"on {engine}", text))
+    return found
+
+
+def _share(got: NDArray, want: NDArray, rows: NDArray, allowed: NDArray) -> float:
+    """The largest difference of two executions [N, m], as a share of what is allowed [N, r]; inf where unknown."""
+    with np.errstate(all="ignore"):
+        share = np.abs((got.astype(float) - want) @ rows.T) / allowed
+    return float(np.where(np.isfinite(allowed), share, np.inf).max())
 
 
 def _clock() -> list[Finding]:
@@ -163,18 +208,32 @@ def _clock() -> list[Finding]:
 
 
 def _permissions() -> list[Finding]:
-    rtprio = resource.getrlimit(getattr(resource, "RLIMIT_RTPRIO", resource.RLIMIT_CORE))[0]
-    memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    allowed = os.geteuid() == 0 or rtprio > 0
-    unlimited = os.geteuid() == 0 or memlock in (resource.RLIM_INFINITY, -1)
-    return [
-        Finding("ok", "SCHED_FIFO", "permitted")
-        if allowed
-        else Finding("note", "SCHED_FIFO", "not permitted: set rtprio in /etc/security/limits.d for real-time control"),
-        Finding("ok", "memory locking", "permitted")
-        if unlimited
-        else Finding("note", "memory locking", f"limited to {memlock} bytes: set memlock in /etc/security/limits.d"),
-    ]
+    """Tried, not looked up: root in a container may lack either."""
+    now = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        os.sched_setscheduler(0, *now)
+        found = [Finding("ok", "SCHED_FIFO", "permitted")]
+    except OSError:
+        missing = "not permitted: set rtprio in /etc/security/limits.d for real-time control"
+        found = [Finding("note", "SCHED_FIFO", missing)]
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit in (resource.RLIM_INFINITY, -1) or _locks():
+        return [*found, Finding("ok", "memory locking", "permitted")]
+    missing = f"limited to {limit / 1e6:.3g} MB: set memlock in /etc/security/limits.d"
+    return [*found, Finding("note", "memory locking", missing)]
+
+
+def _locks() -> bool:
+    """Can more memory be locked than any limit that a distribution sets by default?"""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mmap.mmap(-1, LOCKED) as memory:
+        place = (ctypes.c_char * LOCKED).from_buffer(memory)
+        locked = bool(libc.mlock(place, ctypes.c_size_t(LOCKED)) == 0)
+        if locked:
+            libc.munlock(place, ctypes.c_size_t(LOCKED))
+        del place
+    return locked
 
 
 def _latency(cached: CachedPolicy) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""The full policy in ONNX Runtime, float32, executed as the graph stands in its file."""
+"""The full policy in ONNX Runtime, as the graph stands in its file, in float32 unless another engine is named."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from laws_ros.core.errors import CardError, ModelError
 from .context_cache import ContextCache
 from .files import load_card, sha256_file
 from .onnx_graph import load_model
+from .providers import AGREEMENT, CPU, PROBES, Engine, disagreement
 from .sessions import session
 
 Floats = NDArray[np.float32]
@@ -28,23 +29,26 @@ class Policy:
         card: the card beside the file, or x0, x1, ... where there is none.
         sha256: of the file; libraries are bound to it.
         observations, actions: lengths n and m of its vectors.
-        context_cache: runs it cut in two where its card names a context that the graph encodes apart from the rest.
+        engine: what runs it: providers.CPU, or a GPU that was shown to compute the same.
+        context_cache: runs it cut in two where its card names a context that the graph encodes apart from the rest
+            (on the CPU only).
     """
 
-    def __init__(self, path: str | Path, threads: int = 1, decision: str | None = None) -> None:
+    def __init__(self, path: str | Path, threads: int = 1, decision: str | None = None, engine: Engine = CPU) -> None:
         """Open a policy.
 
         Args:
             decision: what the card should say of it; needed only for a policy without a card.
 
         Raises:
-            ModelError: missing, damaged, or not a float32 policy with one input and one output.
+            ModelError: missing, damaged, or not a float32 policy with one input and one output; or the engine does not
+                load, or calls itself float32 and answers otherwise than float32 programs can.
             CardError: the card does not fit the model, or says another decision.
         """
-        self.path, self._threads = Path(path), threads
+        self.path, self._threads, self.engine = Path(path), threads, engine
         model = load_model(self.path)
         self.sha256 = sha256_file(self.path)
-        self.session = session(str(self.path), str(self.path), threads)
+        self.session = engine.session(str(self.path), str(self.path), threads)
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1:
             raise ModelError(f"{self.path}: {len(inputs)} inputs and {len(outputs)} outputs, one of each is needed")
@@ -73,7 +77,12 @@ class Policy:
                     f"{card_path}: {len(getattr(self.card, kind))} {kind}, but {self.path.name} has {count}"
                 )
         self._batch_session = self._open_batch(model, threads)
-        self.context_cache = self._open_context(threads) if self.card.context else None
+        self.context_cache = self._open_context(threads) if self.card.context and engine == CPU else None
+        if engine != CPU and engine.precision == "float32" and not (far := self.disagreement()) <= AGREEMENT:
+            raise ModelError(
+                f"{self.path}: {engine} answers {far:.0f} times further from the CPU than float32's last bits explain "
+                f"(at most {AGREEMENT:.0f}): certificates do not hold there"
+            )
 
     def __call__(self, observation: Floats) -> Floats:
         """The action [m] at one observation [n]."""
@@ -101,6 +110,20 @@ class Policy:
         best = output.argmax(-1) if self.card.decision == "argmax" else output.argmin(-1)
         return np.asarray(best, np.float32)[..., None]
 
+    def probes(self, count: int = PROBES) -> Floats:
+        """Observations [count, n] to compare engines at: uniform between the card's limits, at most 3 from 0."""
+        low, high = np.maximum(self.card.low, -3.0), np.minimum(self.card.high, 3.0)
+        return np.random.default_rng(0).uniform(low, high, (count, self.observations)).astype(np.float32)
+
+    def disagreement(self) -> float:
+        """From the program that certificates speak of (providers.disagreement)."""
+        run = session(str(self.path), str(self.path), self._threads).run
+
+        def certified(x: Floats) -> Floats:
+            return np.asarray(run([self._output], {self._input: x.reshape(self.shape)})[0].reshape(-1))
+
+        return disagreement(self, certified, self.probes())
+
     def without_last_clip(self) -> Callable[[Floats], Floats]:
         """Raw outputs [N, m] for observations [N, n], without the graph's last Clip; `batch` where that cannot be."""
         model = load_model(self.path)
@@ -125,8 +148,8 @@ class Policy:
 
     def _open_batch(self, model: onnx.ModelProto, threads: int) -> ort.InferenceSession | None:
         """A session with a free batch axis; many exporters fix it to 1. None where that changes what it computes."""
-        if isinstance(self.session.get_inputs()[0].shape[0], str):
-            return self.session
+        if isinstance(self.session.get_inputs()[0].shape[0], str):  # a GPU's is for one observation at a time
+            return self.session if self.engine == CPU else session(str(self.path), str(self.path), threads)
         if len(self.session.get_inputs()[0].shape) < 2:
             return None
         for value in (*model.graph.input, *model.graph.output):

@@ -16,6 +16,15 @@ def session(model: str | bytes, where: str, threads: int = 1) -> ort.InferenceSe
     Raises:
         ModelError: ONNX Runtime cannot load the model.
     """
+    try:
+        return ort.InferenceSession(model, settings(threads), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own kinds
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{where}: ONNX Runtime cannot load it: {reason}") from None
+
+
+def settings(threads: int) -> ort.SessionOptions:
+    """What every session here is opened with, whatever runs it."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
@@ -24,8 +33,4 @@ def session(model: str | bytes, where: str, threads: int = 1) -> ort.InferenceSe
     options.enable_mem_pattern = False  # one small call at a time: planning its memory costs more than it saves
     options.add_session_config_entry("session.set_denormal_as_zero", "0")
     options.add_session_config_entry("mlas.enable_gemm_fastmath_arm64_bfloat16", "0")
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own kinds
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{where}: ONNX Runtime cannot load it: {reason}") from None
+    return options
