@@ -119,10 +119,10 @@ _KEPT: dict[str, Any] = {}  # by a worker process, from item to item
 
 def _work(version: str, name: list[Any], item: Any) -> Any:
     """What a worker process does with an item."""
-    import ray
-
     if version != __version__:
         raise ConfigError(f"a worker of the cluster has laws_ros {__version__}, this is {version}; install one on all")
+    import ray
+
     key = name[0].hex()
     if key not in _KEPT:
         while len(_KEPT) > 1:  # episodes and certificates at most
