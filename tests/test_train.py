@@ -117,6 +117,21 @@ def test_contexts_have_boxes_of_their_own(tmp_path):
     assert student.data[:, 2].std() < 0.2 * student.data[:, 0].std()
 
 
+def test_a_step_of_training_is_done_where_the_network_is():
+    """There is no GPU here; "meta" is a device, too, and torch refuses to mix two."""
+    card = Card("cart-pole", SPEC.observations, SPEC.actions)
+    student = TINY.student(workloads.get("cartpole"), teacher(), card, 0)
+    student.gather(0)
+    student.device = torch.device("meta")
+    student.net.to(student.device)
+    loss = student.loss(np.arange(TINY.batch) % len(student.data))
+    loss.backward()
+    student.optimizer.step()
+    assert loss.device == student.device and all(p.grad.device == student.device for p in student.net.parameters())
+    with pytest.raises(RuntimeError, match="device"):
+        student.net(torch.zeros(1, 4))
+
+
 def test_workload_without_teacher(tmp_path):
     pytest.importorskip("gymnasium", reason="needs Gymnasium: pip install 'laws_ros[gym]'")
     for name in ("encounter", "gym:CartPole-v1"):
