@@ -12,7 +12,7 @@ and so is its worst error.
 
 Where auto_LiRPA can be imported (pip install auto_LiRPA, or its folder on PYTHONPATH), its CROWN bounds the first
 policy's boxes, too: in turn with `certify` and with its bounds alone, on as many threads, so that their ratio means
-something on a busy machine. OMP_NUM_THREADS=1 measures one thread.
+something on a busy machine, by wall and by CPU time. OMP_NUM_THREADS=1 measures one thread.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def auto_lirpa(case: Case, seed: int) -> dict[str, float] | str:
             layers.append({"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[node.function]())
     boxes, sequential = case.boxes(np.random.default_rng(seed)), torch.nn.Sequential(*layers)
     rows = decision_rows(case.network.outputs, case.decision)
-    spent: dict[str, list[Floats]] = {}  # per tool and size of a batch, us a region
+    spent: dict[str, list[Floats]] = {}  # per tool and size of a batch, us a region: of wall and of CPU time
     for count in BATCHES:
         regions = boxes[:count]
         center = torch.from_numpy(regions.center)
@@ -253,21 +253,26 @@ def auto_lirpa(case: Case, seed: int) -> dict[str, float] | str:
             "bounds": partial(_bounds, case.network, boxes[: count * THREADS], rows, count),
         }
         sizes = {"theirs": count, "ours": count * THREADS, "bounds": count * THREADS}
-        times: dict[str, list[float]] = {name: [] for name in tools}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in tools}
         for _ in range(TURNS):
             for name, tool in tools.items():
                 for _ in range(ON_END):
-                    before = time.perf_counter()
+                    wall, cpu = time.perf_counter(), time.process_time()
                     tool()
-                    times[name].append(1e6 * (time.perf_counter() - before) / sizes[name])
+                    times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
         for name in tools:
-            spent.setdefault(name, []).append(np.array(times[name]))
-    least, median = ({k: float(min(of(t) for t in v)) for k, v in spent.items()} for of in (np.min, np.median))
+            spent.setdefault(name, []).append(1e6 * np.array(times[name]).T / sizes[name])
+    least, median, cpu_least = (
+        {k: float(min(of(t[clock]) for t in v)) for k, v in spent.items()}
+        for of, clock in ((np.min, 0), (np.median, 0), (np.min, 1))
+    )
     low, high = tools["theirs"]()
     return {
         "threads": THREADS,
         **{f"{name}_us": value for name, value in least.items()},
         **{f"{name}_median_us": value for name, value in median.items()},
+        **{f"{name}_cpu_us": value for name, value in cpu_least.items()},
+        "cpu_ratio": cpu_least["theirs"] / cpu_least["ours"],
         "ratio": least["theirs"] / least["ours"],
         "ratio_of_medians": median["theirs"] / median["ours"],
         "bounds_ratio": least["theirs"] / least["bounds"],
@@ -393,6 +398,7 @@ def markdown(result: dict[str, Any]) -> str:
             "{theirs_us:.0f} us a region (median {theirs_median_us:.0f}); `certify` {ours_us:.0f} "
             "({ours_median_us:.0f}), {ratio:.1f} times as fast (medians: {ratio_of_medians:.1f}); its bounds alone "
             "{bounds_us:.0f} ({bounds_median_us:.0f}), {bounds_ratio:.1f} times ({bounds_ratio_of_medians:.1f}); "
+            "CPU time {theirs_cpu_us:.0f} and {ours_cpu_us:.0f}, {cpu_ratio:.1f} times; "
             "threads: {threads}; range width {their_width:.5f}, ours {our_width:.5f}"
         ).format(**other)
     lines += ["", "| policy | effort | certify, us | bound | bound / worst seen |", "|" + " --- |" * 5]
