@@ -78,6 +78,7 @@ def test_same_seed_same_bits_whatever_the_lanes_and_threads(workload):
 
 def test_a_lane_that_starts_later_meets_the_same_noise():
     """Longer than a block of noise, and the fourth episode begins in the middle of one."""
+    pytest.importorskip("scipy", reason="the teachers need SciPy: `make torch` adds it")
     cartpole = workloads.get("cartpole")
     cartpole = replace(cartpole, spec=replace(cartpole.spec, episode_steps=200))
     policy = workloads.module("cartpole").teacher()
