@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -9,16 +10,25 @@ from hypothesis import strategies as st
 from laws_ros.core.region import Regions
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 5), st.floats(1e-6, 1e3), st.floats(0, 1e4), st.integers(0, 5))
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 5),
+    st.floats(1e-6, 1e3),
+    st.floats(0, 1e4),
+    st.integers(0, 5),
+    st.sampled_from([None, 0.0, 0.0, 1e-9, 1e-5, 1e-2]),
+)
 def test_generators_enclose_all_that_the_router_accepts(
-    seed: int, n: int, radius: float, distance: float, round: int
+    seed: int, n: int, radius: float, distance: float, round: int, off: float | None
 ) -> None:
     rng = np.random.default_rng(seed)
     axes = rng.normal(size=(1, n, n)) * np.exp(rng.normal(size=(1, 1, n)))
     region = Regions.from_axes(
         distance * rng.normal(size=(1, n)), axes, radius * rng.uniform(size=(1, n)), min(round, n)
     )
+    assert region.inverse is not None
+    region = replace(region, inverse=None if off is None else region.inverse * (1 + off * rng.normal(size=(1, n, n))))
     generators, eps = region.generators()
     if not np.isfinite(eps[0]):
         assert np.isnan(generators).all()

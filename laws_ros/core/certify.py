@@ -28,7 +28,7 @@ def certify(
     network: Network,
     regions: Regions,
     decision: str = "none",
-    batch: int = 128,
+    batch: int = 200,
     effort: str = "backward",
     backend: Backend = NUMPY,
     limits: NDArray[np.float32] | None = None,
@@ -38,7 +38,8 @@ def certify(
 
     Args:
         network: the policy. regions: B of them. decision: what the actions mean (core.card.DECISIONS).
-        batch: regions per matrix product; memory grows with it.
+        batch: regions per matrix product; memory grows with it. (No power of two by default: in steps of such a width,
+            transposing meets few sets of the caches.)
         effort, backend: what may be spent per region, and where (core.bounds).
         limits: [2, m] to which actions are cut on delivery, the policy's and the expert's alike. Where the policy ends
             in just such a cut, the certificates are about delivered actions: they bound the policy and the expert
@@ -78,9 +79,9 @@ def _certify(network: Network, regions: Regions, rows: Array, effort: str, backe
     inputs = network.inputs
     with np.errstate(all="ignore"):
         expert32 = bounds.middle.astype(np.float32)
-        unknown = ~np.isfinite(expert32).all(axis=2) | ~np.isfinite(eps)[:, None]
-        expert32[unknown] = 0.0
         expert = expert32.astype(float)
+        unknown = ~np.isfinite(expert @ np.ones(inputs + 1)) | ~np.isfinite(eps)[:, None]
+        expert32[unknown], expert[unknown] = 0.0, 0.0
         # |policy - expert| <= |middle - expert| + half, both in the region's coordinates, the constants last
         gap = np.concatenate([bounds.half, bounds.middle - expert], axis=1)
         gap = _in_zeta(gap, regions.center, generators)

@@ -55,7 +55,7 @@ def gamma(terms: Any, unit: float | None = None) -> Any:
     return product / ((1.0 - product) * (product < 0.5))
 
 
-def sum_error(terms: Any, largest: Any, volume: Any) -> Any:
+def sum_error(terms: Any, largest: Any, volume: Any, xp: Any = np) -> Any:
     """What a float32 sum of rounded products, in any order, may be off by.
 
     An addition errs by at most u times its result (Higham, Accuracy and Stability, eq. 4.3), and whatever the order,
@@ -66,9 +66,9 @@ def sum_error(terms: Any, largest: Any, volume: Any) -> Any:
         terms: how many are not zero, the bias apart. volume: sum of their magnitudes.
     """
     added = (terms + 1.0) * UNIT32 * (1.0 + gamma(terms + EXECUTION_TERMS + 1.0))
-    # what the sharper bound, added * largest + gamma_4 * volume, is below the plain one
-    less = (gamma(terms + EXECUTION_TERMS) - gamma(EXECUTION_TERMS + 1.0)) * volume - added * largest
-    return gamma(terms + EXECUTION_TERMS) * volume - 0.5 * (less + abs(less))  # it is not, for very few terms
+    sharp = added * largest
+    sharp += gamma(EXECUTION_TERMS + 1.0) * volume
+    return xp.minimum(sharp, gamma(terms + EXECUTION_TERMS) * volume)  # the plain one is less for very few terms
 
 
 @dataclass(frozen=True)
@@ -342,20 +342,29 @@ class Relaxed:
         grown = xp.where(relative < 0.25, 1.0 + 2.0 * relative, xp.inf) * INFLATE
         mass = TINY32 * (2 * columns + 4) * (2 * depth + sum(m.mass for m in matrices))
         flush = TINY32 * (flush + flushed) + mass
-        volume = xp.astype(magnitude, xp.float64) * grown + (xp.abs(bias)[:, None] + flush)
-        largest = (0.5 * INFLATE) * (volume * (1.0 + 2.0 * relative) + xp.abs(balance + bias[:, None]))
+        volume = xp.astype(magnitude, xp.float64) * grown  # from here on in place: passes over memory are what it costs
+        volume += flush
+        volume += xp.abs(bias)[:, None]
+        largest = xp.abs(balance + bias[:, None])
+        largest += volume * (1.0 + 2.0 * relative)
+        largest *= 0.5 * INFLATE
+        delta = sum_error(terms, largest, volume, xp)
         # as executed: each product and sum may be flushed to zero, each factor taken for zero, where it is denormal
-        delta = sum_error(terms, largest, volume) * INFLATE + (mass + TINY32 * (2 * terms + 8 + flushed)) * INFLATE
-        delta = xp.where(volume < HUGE32, delta, xp.inf)  # may overflow: nothing can be said
+        delta += mass + TINY32 * (2 * terms + 8 + flushed)
+        delta *= INFLATE
+        if not bool(xp.all(volume < HUGE32)):
+            delta = xp.where(volume < HUGE32, delta, xp.inf)  # may overflow: nothing can be said
         # the float64 sums here are over `depth` terms, those of the backward pass over node.size
-        double = (4 * INFLATE * float(gamma(float(depth + node.size), UNIT))) * volume + INFLATE * delta
+        double = (4 * INFLATE * float(gamma(float(depth + node.size), UNIT))) * volume
+        double += INFLATE * delta
         tiny = 4 * node.size * TINY32 * (self._total(volume) + flushed)[0]
         self.slips[index] = _Slip(_rows(xp, double), _rows(xp, volume), tiny)
         if not wanted:
             return _Known(self._zeros(*delta.shape) - xp.inf, self._zeros(*delta.shape) + xp.inf)
-        half = xp.astype(slop, xp.float64) * grown
         # |constant| <= peak + half: the executed value at zeta = 0 lies in both
-        half = half * (1.0 + 1e-9) + delta + ((4 * float(gamma(float(depth), UNIT))) * volume + flush) * INFLATE
+        half = xp.astype(slop, xp.float64) * (grown * INFLATE)
+        half += double
+        half += flush * INFLATE
         return self._ranged(constant, half, middle, tilt)
 
     def _alive(self, index: int, matrix: _Matrix) -> Any:
@@ -370,20 +379,27 @@ class Relaxed:
 
     def _ranged(self, constant: Any, half: Any, middle: Any, tilt: Any | None) -> _Known:
         """A form with its swing and range. Sums of float32 magnitudes are too small by a factor of 1 - g at most."""
-        xp, single, tiny = self.xp, gamma(self.columns + 4.0), self.columns * TINY32
+        xp, single, tiny = self.xp, 2.0 * gamma(self.columns + 4.0), 4 * self.columns * TINY32
         if tilt is None:
-            below = above = swing = self._sum(middle) * (1.0 + 2 * single) + tiny
-            if self.ball is not None:
-                below, above = (self._reach(k) + (2 * single * swing + tiny) for k in (-middle, middle))
+            below = above = self._sum(middle)
+            swing = below * (1.0 + single)
+            ends = -middle, middle
         else:
             ends = tilt - middle, tilt + middle
             below, above = (self._sum(k) for k in ends)
-            swing = (below + above) * (1.0 + 4 * single) + 4 * tiny
-            if self.ball is not None:
-                below, above = (self._reach(k) for k in ends)
-            below, above = (k + (2 * single * swing + 4 * tiny) for k in (below, above))
-        wide = half + 4 * UNIT * (xp.abs(constant) + half + swing)
-        return _Known(constant - wide - below, constant + wide + above, _Form(constant, half, middle, tilt, swing))
+            swing = below + above
+            swing *= 1.0 + 2 * single
+        swing += tiny
+        if self.ball is not None:
+            below, above = (self._reach(k) for k in ends)
+        room = (8 * UNIT) * xp.abs(constant)
+        room += (1.0 + 8 * UNIT) * half
+        room += (8 * UNIT + single) * swing
+        room += tiny
+        low, high = constant - below, constant + above
+        low -= room
+        high += room
+        return _Known(low, high, _Form(constant, half, middle, tilt, swing))
 
     def _sum(self, x: Any) -> Any:
         """Of magnitudes over the last axis: as a product, several times faster than a sum where that axis is short."""
@@ -410,7 +426,7 @@ class Relaxed:
         lines = relax(node, low, high, touch)
         peak = np.maximum(-low, high)
         absolute, relative = node.facts.execution(node.parameters)
-        execution = (absolute + relative * peak) * INFLATE
+        execution = (absolute + (relative * peak if relative else 0.0)) * INFLATE
         steepest = np.maximum(np.abs(lines.slope_low), np.abs(lines.slope_high))
         largest = np.maximum(np.abs(lines.low), np.abs(lines.high))
         mean, bend = 0.5 * (lines.slope_high + lines.slope_low), 0.5 * (lines.slope_high - lines.slope_low)
@@ -446,10 +462,17 @@ class Relaxed:
         tiny = (8 * TINY32) * (form.swing + self.columns * (steepest + 1.0))
         if not _never_zero(node):
             tiny = xp.where(steepest > 0.0, tiny, 0.0)
-        slack = steepest * (8 * UNIT32 * form.swing + 32 * UNIT * form.half) + tiny
-        constant = mean * form.constant + over * form.half + shift
-        half = bend * form.constant + under * form.half + gap + slack
-        swing = steepest * form.swing * (1.0 + 8 * UNIT32) + tiny
+        swing = steepest * form.swing
+        constant = mean * form.constant
+        constant += over * form.half
+        constant += shift
+        half = bend * form.constant
+        half += (under + 32 * UNIT * steepest) * form.half
+        half += gap
+        half += (8 * UNIT32) * swing
+        half += tiny
+        swing *= 1.0 + 8 * UNIT32
+        swing += tiny
         mean, bend, over, under = (xp.astype(k, self.single)[..., None] for k in (mean, bend, over, under))
         middle, tilt = mean * form.middle, bend * form.middle
         if form.tilt is not None:
@@ -591,11 +614,10 @@ class Relaxed:
                 continue
             middle, tilt, terms = pending.pop(index)
             node = nodes[index - 1]
-            size = xp.abs(middle)
             if isinstance(node, Affine):
                 slip, (matrices, bias) = self.slips[index], _matrices(node, self.backend)
                 constant = constant + middle @ bias
-                half = half + _dot(size, slip.delta)
+                half = half + _dot(xp.abs(middle), slip.delta)
                 if tilt is not None:
                     # a product in float32, of `terms` that are not zero; underflow, also of the coefficients themselves
                     own = (INFLATE * gamma(terms + 4.0))[:, None] * slip.volume + slip.tiny[:, None]
@@ -610,7 +632,7 @@ class Relaxed:
             elif isinstance(node, Normalize):
                 scale = self.scales[index]
                 constant = constant + _dot(middle, scale.shift)
-                half = half + _dot(size, scale.gap)
+                half = half + _dot(xp.abs(middle), scale.gap)
                 if tilt is not None:
                     half = half + _dot(tilt, scale.shift) + _dot(xp.abs(tilt), scale.gap)
                     tilt = scale.rows(tilt)
@@ -619,26 +641,31 @@ class Relaxed:
                 line = self.bends[index]
                 mean, bend = line.mean[:, None, :], line.bend[:, None, :]
                 constant = constant + _dot(middle, line.shift)
-                if tilt is None:
-                    over, under = None, size
-                    half = half + _dot(size, line.gap)
-                    found = [(node.source, middle * mean, size * bend, line.bent)]
-                else:
-                    up, down, bend = xp.abs(middle + tilt), xp.abs(middle - tilt), 0.5 * bend
-                    over, under = up - down, up + down  # twice what docs/soundness.md calls so
-                    constant = constant + 0.5 * _dot(over, line.gap)
-                    half = half + _dot(tilt, line.shift) + 0.5 * _dot(under, line.gap)
-                    new, wide = middle * mean, tilt * mean
-                    new += over * bend
-                    wide += under * bend
-                    found = [(node.source, new, wide, line.live)]
-                if trace is not None:
-                    trace[index] = middle, tilt, *((None, size) if over is None else (0.5 * over, 0.5 * under))
                 if bent is not None:
                     form = self.known[node.source].form
                     moved = xp.abs(self.leans[node.source] if form is None else form.middle)
-                    weight = xp.sum(size, axis=1) * xp.abs(line.bend)
+                    weight = xp.sum(xp.abs(middle), axis=1) * xp.abs(line.bend)
                     bent += self.backend.host(xp.sum(xp.astype(moved, xp.float64) * weight.T[:, :, None], axis=0))
+                if tilt is None:
+                    size = xp.abs(middle)
+                    half = half + _dot(size, line.gap)
+                    found = [(node.source, middle * mean, size * bend, line.bent)]
+                    traced = None, size
+                else:
+                    over, down, bend = xp.abs(middle + tilt), xp.abs(middle - tilt), 0.5 * bend
+                    under = over + down  # twice what docs/soundness.md calls so
+                    over -= down
+                    constant = constant + 0.5 * _dot(over, line.gap)
+                    half = half + _dot(tilt, line.shift) + 0.5 * _dot(under, line.gap)
+                    if trace is not None:
+                        traced = 0.5 * over, 0.5 * under
+                    over *= bend
+                    under *= bend
+                    over += middle * mean
+                    under += tilt * mean
+                    found = [(node.source, over, under, line.live)]
+                if trace is not None:
+                    trace[index] = middle, tilt, *traced
             slack = slack + 4 * UNIT * (xp.abs(constant) + xp.abs(half))
             for source, m, t, terms in found:
                 if source in pending:

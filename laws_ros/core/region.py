@@ -32,11 +32,13 @@ class Regions:
         center: [B, n]
         transform: [B, n, n], rows are axes divided by half-widths.
         round: [B] how many of the last axes form one ball; 0, the default: a box.
+        inverse: [B, n, n] about the transforms' inverses, where they are at hand; how near they are is measured.
     """
 
     center: Array
     transform: Array
     round: NDArray[np.int32] = None  # type: ignore[assignment]  # filled in where B is known
+    inverse: Array | None = None
 
     def __post_init__(self) -> None:
         if self.round is None:
@@ -46,7 +48,8 @@ class Regions:
         return len(self.center)
 
     def __getitem__(self, which: Any) -> Regions:
-        return Regions(self.center[which], self.transform[which], self.round[which])
+        inverse = None if self.inverse is None else self.inverse[which]
+        return Regions(self.center[which], self.transform[which], self.round[which], inverse)
 
     @property
     def ball(self) -> NDArray[np.bool_]:
@@ -69,7 +72,8 @@ class Regions:
         )
         width = np.maximum(half_widths, floor)
         count = np.full(len(center), round, np.int32)
-        return cls(np.array(center, dtype=float), np.linalg.inv(axes) / width[:, :, None], count)
+        transform = np.linalg.inv(axes) / width[:, :, None]
+        return cls(np.array(center, dtype=float), transform, count, axes * width[:, None, :])
 
     def brief(self) -> Regions:
         """Nearly the same regions, in numbers that take fewer bytes to tell.
@@ -113,9 +117,9 @@ class Regions:
         that exactly x = center + M zeta and |zeta - xi_computed|_inf <= eps. eps is infinite where no such statement
         can be made (a singular or hopelessly flat region); nothing may then be certified.
 
-        Proof. Let N be the computed inverse of T and R = I - T N, so T^-1 = N (I - R)^-1. With y = T (x - c) exactly,
-        x - c = N y' where y' = (I - R)^-1 y and |y' - y| <= r / (1 - r) |y|, r = |R|_inf. Evaluating T (x - c) in any
-        order errs by at most gamma_{n+2} |T| |x - c| <= gamma_{n+2} |T| |N| |y'|. So with
+        Proof. Let N be the computed inverse of T, or any other matrix, and R = I - T N, so T^-1 = N (I - R)^-1. With
+        y = T (x - c) exactly, x - c = N y' where y' = (I - R)^-1 y and |y' - y| <= r / (1 - r) |y|, r = |R|_inf.
+        Evaluating T (x - c) in any order errs by at most gamma_{n+2} |T| |x - c| <= gamma_{n+2} |T| |N| |y'|. So with
         e = r + gamma_{n+2} max_row |T| |N|, |y' - xi| <= 2 e |y'| <= 4 e once e <= 1/4, and |y'| <= 1 + 4 e.
         M = (1 + 4 e) N and zeta = y' / (1 + 4 e) then differ from xi by at most 8 e.
         For a ball of k axes: the computed sum of squares is at most 1, so |xi|_2 <= 1 + (k + 2) u, and
@@ -131,7 +135,7 @@ class Regions:
             sums: Array = self.transform @ ones + self.center
             finite = np.asarray(np.isfinite(sums).all(axis=1))
             safe = self.transform if finite.all() else np.where(finite[:, None, None], self.transform, np.eye(n))
-            inverse = _inverse(safe)
+            inverse = _inverse(safe) if self.inverse is None else self.inverse
             spread = (np.abs(safe) @ (np.abs(inverse) @ ones)[:, :, None])[..., 0].max(axis=1)
             residual = (np.abs(np.eye(n) - safe @ inverse) @ ones).max(axis=1)
             # twice: once for evaluating the residual itself, once for the run-time test

@@ -127,27 +127,33 @@ def _odd(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Fo
     g_l = node(a)
     if zero:
         g_l -= zero
-    size = np.fmax(-a, 0.0)  # 0 for NaN, too
+    size = np.fmax(b[::-1], 0.0)  # of -a; 0 for NaN, too
     size += 1.0
-    tangent = _touching_points(node.function)[((TABLE - 1) - (TABLE - 1) / size).astype(np.intp)]
+    tangent = _touching_points(node.function).take(np.divide(TABLE - 1, size, out=size).astype(np.int32))
     width = high - low
     along = 0.5 + LEAN if touch is None else np.stack([touch[1], 1.0 - touch[0]])
-    t = along * width + a
+    t = a + along * width
     np.minimum(np.maximum(tangent, t, out=t), b, out=t)
     f_t = node(t)
-    slope_t = node.derivative(t) if node.facts.by_value is None else node.facts.by_value(f_t)
-    chords = (tangent >= b) & (width > NARROW)
-    slope = slope_t
-    if chords.any():
-        slope = np.where(chords, (g_l[0] + g_l[1]) / np.where(width > NARROW, -width, 1.0), slope_t)
-    height = f_t - slope * t
+    slope = node.derivative(t) if node.facts.by_value is None else node.facts.by_value(f_t)
+    chords = tangent >= b
+    chords &= width > NARROW
+    change = (g_l[0] + g_l[1]) / -np.maximum(width, NARROW) - slope  # to the chord's; a product is faster than a choice
+    change *= chords
+    slope += change
+    height = f_t
+    height -= slope * t
     if zero:
         height -= zero
-    if slope is not slope_t:
-        beyond = np.maximum(t - np.maximum(a, 0.0), 0.0)
-        height += np.where(slope > slope_t, (slope - slope_t) * beyond, 0.0)
-    room = 16 * UNIT * (1.0 + np.maximum(high, -low))
-    height = np.maximum(g_l - slope * a, height) + room
+    t -= np.maximum(a, 0.0)
+    np.maximum(t, 0.0, out=t)
+    t *= np.maximum(change, 0.0, out=change)
+    height += t
+    room = np.maximum(high, -low)
+    room += 1.0
+    room *= 16 * UNIT
+    np.maximum(g_l - slope * a, height, out=height)
+    height += room
     if zero:
         return slope[1], zero - height[1], slope[0], zero + height[0], (zero + g_l[0], zero - g_l[1])
     return slope[1], -height[1], slope[0], height[0], (g_l[0], -g_l[1])
@@ -155,9 +161,9 @@ def _odd(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Fo
 
 @cache
 def _touching_points(function: str) -> Array:
-    """t >= 0 where the tangent passes through (a, f(a)), for a = -u / (1 - u) and u in `TABLE` steps from 0 to 1."""
+    """t >= 0 where the tangent passes through (a, f(a)), for a = -u / (1 - u) and u in `TABLE` steps from 1 to 0."""
     node = Elementwise(0, function, 1)
-    u = np.arange(TABLE) / (TABLE - 1.0)
+    u = np.arange(TABLE)[::-1] / (TABLE - 1.0)
     a = -u / np.maximum(1.0 - u, 1e-3)
     low, high = np.zeros_like(a), 1e-9 - a
     for _ in range(60):
