@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := setup.py setup.cfg pyproject.toml
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types torch test-marabou test-install bench coverage soundness soak fuzz docs clean
+.PHONY: help run test lint types torch test-marabou test-install bench coverage soundness soak soak-short fuzz docs clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -19,7 +19,7 @@ lint: .venv/.test ## style and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/pytest -q tests/test_import_rules.py
 
-types: .venv/.test ## static types (apart from `make test`: NumPy's own types differ from version to version)
+types: .venv/.test ## static types, strict in core (apart from `make test`: NumPy's own types differ from version to version)
 	$(BIN)/mypy
 
 torch: .venv/.run ## add PyTorch and SciPy, for training policies (on PyPI it comes with CUDA, gigabytes)
@@ -39,9 +39,11 @@ bench: .venv/.test ## what a hit and a certificate cost on this machine (two min
 soundness: .venv/.test ## ten million samples and 100,000 attacks over libraries of all kinds (minutes)
 	$(BIN)/python benchmarks/soundness.py
 
-soak: .venv/.test ## two minutes of the controller at 100 Hz, its faults and its latency
+soak: soak-short ## the same, and the controller's latency and its reactions to faults (a machine at rest, please)
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/faults.py
+
+soak-short: .venv/.test ## two minutes of the controller at 100 Hz: memory, queues, emergency stops (on any machine)
 	$(BIN)/python benchmarks/soak.py
 
 fuzz: .venv/.test ## attack the bounds of random networks for four minutes

@@ -29,6 +29,10 @@ ROS = [
     ]
 ]
 
+# The arm's black-box twin, 17 MB, is for studies from a checkout.
+INSTALLED = {kind: sorted(glob(f"{kind}/*.*")) for kind in ("launch", "config", "sim", "models")}
+INSTALLED["models"] = [file for file in INSTALLED["models"] if "diffusion" not in file]
+
 FLEET = ["fsspec", "tuf>=6", "securesystemslib[crypto]"]
 
 setup(
@@ -69,7 +73,7 @@ setup(
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),
-        *((f"share/{NAME}/{kind}", sorted(glob(f"{kind}/*.*"))) for kind in ("launch", "config", "sim", "models")),
+        *((f"share/{NAME}/{kind}", files) for kind, files in INSTALLED.items()),
         # pip's console scripts go to bin/, where `ros2 run` and launch's Node() never look.
         (f"lib/{NAME}", sorted(glob("scripts/*"))),
     ],

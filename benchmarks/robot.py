@@ -17,19 +17,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, installed or
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from rcl_interfaces.srv import SetParameters
+from rcl_interfaces.srv import ListParameters, SetParameters
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from std_msgs.msg import Float64MultiArray
 from std_srvs.srv import Trigger
 
+from laws_ros.core.errors import LawsError
 from laws_ros.core.safety import POLICY
 from laws_ros.nodes.processes import Child, private_domain
 from laws_ros.nodes.ros import RECORD_QOS, columns_of
 from laws_ros.runtime.files import share_path
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0  # who has ended is noticed at once; this is for a slow machine
 
 
 class Bench:
@@ -95,16 +96,30 @@ class Bench:
         return True
 
     def client(self, kind: Any, name: str) -> Any:
-        """Of a service; what is timed asks for it beforehand."""
+        """Of a service; what is timed asks for it beforehand.
+
+        A server that does not know of its client yet drops the answer. Clients become known in the order in which they
+        are made: an answer to the later one proves that both are.
+        """
         if name not in self._clients:
             self._clients[name] = self.node.create_client(kind, name)
-            self._clients[name].wait_for_service(timeout_sec=PATIENCE_S)
-            self.spin(1.0)  # a server that does not know of its client yet drops the answer
+            later = self.node.create_client(ListParameters, f"{name.rpartition('/')[0]}/list_parameters")
+
+            def known() -> bool:
+                future = later.call_async(ListParameters.Request())
+                self.executor.spin_until_future_complete(future, timeout_sec=2.0)
+                return bool(future.done())
+
+            if not self.until(lambda: self._clients[name].service_is_ready() and later.service_is_ready() and known()):
+                raise LawsError(f"{name}: no such service within {PATIENCE_S:g} s")
+            self.node.destroy_client(later)
         return self._clients[name]
 
     def call(self, kind: Any, name: str, **fields: Any) -> Any:
         future = self.client(kind, name).call_async(kind.Request(**fields))
         self.executor.spin_until_future_complete(future, timeout_sec=PATIENCE_S)
+        if not future.done():
+            raise LawsError(f"{name}: no answer within {PATIENCE_S:g} s")
         return future.result()
 
     def trigger(self, name: str) -> bool:

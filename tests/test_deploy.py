@@ -36,7 +36,7 @@ def test_a_unit_names_commands_files_and_parameters_that_exist(unit: Path) -> No
     for doctor in re.findall(r"ExecStartPre=\S+ (laws .*)", text):
         parser().parse_args(doctor.split()[1:])
     (node,) = re.findall(r"-m laws_ros\.nodes (\w+)", text)
-    source = (DEPLOY.parent / f"laws_ros/nodes/{node}.py").read_text()
+    source = "".join((DEPLOY.parent / f"laws_ros/nodes/{name}.py").read_text() for name in (node, "ros"))
     given = re.findall(r"-p ([\w.]+):=", text)
     assert given and set(given) <= set(re.findall(r'Declared\("([\w.]+)"', source))
     bundled = set(re.findall(r"current/([\w.]+)", text))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from laws_ros.build import calibrate
-from laws_ros.cli import parser
+from laws_ros.cli import main, parser
 from laws_ros.core.card import Card
 from laws_ros.core.library import Library
 from laws_ros.runtime.files import share_path
@@ -91,6 +91,41 @@ def test_examples_run(name: str, own: Path, tmp_path: Path, monkeypatch: pytest.
             monkeypatch.setattr(calibrate, constant, value)
         run_example(name, monkeypatch, "--policy", own, "--out", tmp_path)
     assert set(made) <= {p.name for p in tmp_path.iterdir()}
+
+
+SHORTER = {
+    "build": "--steps 3000 --tolerance 5%",
+    "verify": "--samples 1000",
+    "eval": "--episodes 1",
+    "record": "--episodes 1",
+    "report": "--steps 300",
+    "export-vnnlib": "--region",  # and its name
+}
+ELSEWHERE = {"up", "top", "demo", "adapt", "calibrate", "bench"}  # run by tests of their own
+
+
+@pytest.mark.parametrize("page, language", [("docs/start.md", "sh"), ("README.md", "")])
+def test_the_commands_of_the_first_pages_run(
+    page: str, language: str, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order, word for word, on a small policy in the place of theirs, and with fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    for end in ("onnx", "yaml", "laws"):
+        for name in ("models/cartpole", "P"):
+            Path(f"{name}.{end}").write_bytes(own.with_suffix(f".{end}").read_bytes())
+    lines = [line for fence in programs(page, language) for line in fence.splitlines()]
+    done = 0
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] != ["laws"] or words[1] in ELSEWHERE or "../shared" in line:
+            continue
+        more = SHORTER.get(words[1], "").split()
+        if words[1] == "export-vnnlib":
+            more += Library.load("P.laws").ids[:1]
+        assert main([*words[1:], *more]) == 0, line
+        done += 1
+    assert done >= 4
 
 
 def test_every_example_is_on_the_page() -> None:

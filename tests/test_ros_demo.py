@@ -47,9 +47,13 @@ def test_demo(environment: dict[str, str]) -> None:
     assert summary["steps"] > 100
     assert all(b <= t for b, t in zip(summary["largest_bound"], summary["tolerance"], strict=True))
     assert summary["return_policy"] > 0
-    if summary["held"] < 25:  # a busy machine may miss ticks, and a robot with fewer commands is another one
-        assert summary["hit_rate"] > 0.5
-        assert summary["return_cached"] > 0.5 * summary["return_policy"]
+    # A busy machine may miss some of the 500 ticks, and a robot with fewer commands is another one.
+    without = summary["held"] + summary["deadline_misses"]
+    if without < 25:
+        share = 0.9 if without < 5 else 0.5
+        assert summary["steps"] >= 450
+        assert summary["hit_rate"] > share
+        assert summary["return_cached"] > share * summary["return_policy"]
     lines = done.stderr.splitlines()
     assert any(line.startswith("YES: all") for line in lines)
     assert any("| hits " in line for line in lines)  # the live view

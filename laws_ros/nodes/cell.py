@@ -18,7 +18,6 @@ from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock, ClockType
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import UInt8MultiArray
@@ -28,7 +27,7 @@ from laws_ros.fleet.cell import MOST_WAITING, Cell, Said
 from laws_ros.fleet.robot import Robot
 
 from . import notify
-from .ros import Declared, Managed, fail, run
+from .ros import AUTOSTART, Declared, Managed, fail, one_line, run
 from .upkeep import state_folder
 
 PARAMETERS = (
@@ -36,7 +35,7 @@ PARAMETERS = (
     Declared("round_s", 2.0, "time between the beginnings of rounds of listening and telling [s]", 0.1, 3600.0),
     Declared("keys_s", 3600.0, "time between attempts to read the fleet's robots from the store [s]", 1.0, 1e7),
     Declared("nice", 10, "lower priority of the process by this", 0, 19),
-    Declared("autostart", False, "configure and activate at once, and exit with code 2 if that is refused"),
+    AUTOSTART,
 )
 HAVE_QOS = QoSProfile(
     depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
@@ -56,7 +55,6 @@ class Node(Managed):
         self._keys: Future[Any] | None = None
         self._begun_s = self._asked_s = 0.0
         self._facts: dict[str, Any] = {}
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_timer(0.1, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self.create_timer(1.0, self._tell, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
@@ -117,7 +115,7 @@ class Node(Managed):
             if (error := done_keys.exception()) is None:
                 cell.keys = done_keys.result()
             else:
-                self.get_logger().warning(f"the fleet's robots as before: {error}")
+                self.get_logger().warning(f"the fleet's robots as before: {one_line(error)}")
         if self._keys is None and now - self._asked_s >= self._values["keys_s"]:
             self._asked_s, self._keys = now, self._work.submit(cell.robot.peers)
 
@@ -125,7 +123,7 @@ class Node(Managed):
         try:
             said = done.result()
         except FleetError as error:  # `laws fleet pull` is at work there, say: the next round goes on
-            self.get_logger().warning(f"a round failed: {error}", throttle_duration_sec=60.0)
+            self.get_logger().warning(f"a round failed: {one_line(error)}", throttle_duration_sec=60.0)
             return
         except Exception as error:
             fail(self, error)
@@ -150,17 +148,7 @@ class Node(Managed):
             present = ", ".join(cell.present) or "nobody"
             facts = {"state": "active" if self._ends else "inactive", "robot": cell.robot.name, "hears": present}
             facts |= self._facts
-        message = DiagnosticArray()
-        message.header.stamp = self.get_clock().now().to_msg()
-        message.status = [
-            DiagnosticStatus(
-                level=DiagnosticStatus.OK,
-                name=f"{self.get_fully_qualified_name()}: cell",
-                message=facts["state"],
-                values=[KeyValue(key=key, value=str(value)) for key, value in facts.items()],
-            )
-        ]
-        self._diagnostics.publish(message)
+        self.report("cell", facts)
         notify.tell(notify.ALIVE)
 
 

@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticStatus
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.parameter import Parameter
@@ -39,6 +39,7 @@ from . import notify
 from .control import ControlThread, Input, lock_memory
 from .loop import ControlLoop, Step
 from .ros import (
+    AUTOSTART,
     COMMAND_QOS,
     OPERATOR_QOS,
     RECORD_QOS,
@@ -81,7 +82,7 @@ PARAMETERS = (
     Declared("realtime.cpus", Parameter.Type.INTEGER_ARRAY, "CPUs that the control thread may use; empty: all"),
     Declared("realtime.lock_memory", False, "keep the process in memory (mlockall)"),
     Declared("fault.policy_stall_s", 0.0, "live, for tests and training: the policy takes longer [s]", 0.0, 60.0),
-    Declared("autostart", False, "configure and activate at once, and exit with code 2 if that is refused"),
+    AUTOSTART,
 )
 LIVE = ("tolerance", "fault.policy_stall_s")
 COUNTERS = ("hits", "misses", "deadline_misses", "rejected", "budget_refusals", "handovers", "quarantined", "updates")
@@ -126,7 +127,6 @@ class Controller(Managed):
         self._rivals = 0  # diagnoses in a row that saw another publisher of commands
         self._turns = -1  # of the control thread at the last diagnosis
         self._seen: dict[str, int] = {}  # the loop's counters at the last diagnosis
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._heartbeat = self.create_publisher(UInt64, "~/heartbeat", 10)
         self.create_service(Trigger, "~/estop", self._on_estop)
         self.create_service(Trigger, "~/estop_reset", self._on_estop_reset)
@@ -377,22 +377,11 @@ class Controller(Managed):
             self._rivals = 0  # it no longer commands
         if self._stopped:
             lines.insert(0, f"emergency stop ({self._stopped}) until ~/estop_reset")
-        message = DiagnosticArray()
-        message.header.stamp = self.get_clock().now().to_msg()
-        message.status = [
-            DiagnosticStatus(
-                level=DiagnosticStatus.ERROR
-                if self._stopped or self._rivals
-                else DiagnosticStatus.WARN
-                if lines
-                else DiagnosticStatus.OK,
-                name=f"{self.get_fully_qualified_name()}: control loop",
-                message="; ".join(lines) or facts["state"],
-                hardware_id=self._cached.card.name if self._cached else "",
-                values=[KeyValue(key=key, value=str(value)) for key, value in facts.items()],
-            )
-        ]
-        self._diagnostics.publish(message)
+        level = DiagnosticStatus.WARN if lines else DiagnosticStatus.OK
+        if self._stopped or self._rivals:
+            level = DiagnosticStatus.ERROR
+        hardware = self._cached.card.name if self._cached else ""
+        self.report("control loop", facts, hardware, level, "; ".join(lines))
         if self._rivals > 1:
             self.get_logger().error(f"{lines[-1]}; this one stops commanding")
             self.trigger_deactivate()

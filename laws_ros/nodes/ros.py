@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import rclpy
 import rclpy.lifecycle
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy._rclpy_pybind11 import RCLError
 from rclpy.exceptions import NameValidationException, ParameterException
@@ -53,6 +54,9 @@ class Declared(NamedTuple):
     high: float | None = None
 
 
+AUTOSTART = Declared("autostart", False, "configure and activate at once, and exit with code 2 if that is refused")
+
+
 def declare(node: Node, parameters: Sequence[Declared]) -> None:
     """Declare parameters; an override of a wrong type or out of range raises one of rclpy's ParameterExceptions."""
     for p in parameters:
@@ -79,14 +83,19 @@ def values(node: Node, parameters: Sequence[Declared]) -> dict[str, Any]:
     return {p.name: [] if found[p.name].value is None else found[p.name].value for p in parameters}
 
 
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
 class Managed(rclpy.lifecycle.LifecycleNode):
-    """A lifecycle node whose refusals are one line in its log, and with `autostart` its end, with exit code 2."""
+    """A lifecycle node whose refusals are one line in its log, and with AUTOSTART its end, with exit code 2."""
 
     def __init__(self, name: str, parameters: Sequence[Declared]) -> None:
         super().__init__(name)
         declare(self, parameters)
         self.exit_code = 0
         self._declared = parameters
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
 
     @abstractmethod
     def configure(self, p: dict[str, Any]) -> None:
@@ -104,8 +113,24 @@ class Managed(rclpy.lifecycle.LifecycleNode):
     def release(self) -> None:
         """Back to unconfigured, from wherever."""
 
+    def report(
+        self,
+        part: str,
+        facts: dict[str, Any],
+        hardware: str = "",
+        level: bytes = DiagnosticStatus.OK,
+        words: str = "",
+    ) -> None:
+        """Publish a diagnosis of a part of this node; its message is `words`, else the state among the facts."""
+        message = DiagnosticArray()
+        message.header.stamp = self.get_clock().now().to_msg()
+        name, words = f"{self.get_fully_qualified_name()}: {part}", words or facts["state"]
+        pairs = [KeyValue(key=key, value=str(value)) for key, value in facts.items()]
+        message.status = [DiagnosticStatus(level=level, name=name, message=words, hardware_id=hardware, values=pairs)]
+        self._diagnostics.publish(message)
+
     def start(self) -> bool:
-        """What `run` asks for: configure and activate at once, with `autostart`."""
+        """What `run` asks for: configure and activate at once, with AUTOSTART."""
         success = TransitionCallbackReturn.SUCCESS
         if self.get_parameter("autostart").value and (
             self.trigger_configure() != success or self.trigger_activate() != success
@@ -144,7 +169,7 @@ class Managed(rclpy.lifecycle.LifecycleNode):
             exits.check()
             if done == "configured":
                 self.release()
-            self.get_logger().error(f"not {done}: {' '.join(str(error).split())}")
+            self.get_logger().error(f"not {done}: {one_line(error)}")
             return TransitionCallbackReturn.FAILURE
         except Exception:
             exits.check()
@@ -242,7 +267,7 @@ def run(make: Callable[[], Any]) -> int:
         pass
     except (LawsError, ParameterException, NameValidationException, RCLError) as error:
         if rclpy.ok() or not begun:  # otherwise a signal came while something was being made
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print("error:", one_line(error), file=sys.stderr)
             return 2
     except Exception:
         if not exits.told():  # compiled modules make an error of their own of an interrupt while they are imported
