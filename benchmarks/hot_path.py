@@ -175,12 +175,12 @@ def measure(cached: CachedPolicy, calls: int, cold_calls: int, rng: np.random.Ge
 
 
 def resident_mb() -> float:
-    """Memory of this process that is in RAM and its own; NaN where the system does not tell."""
+    """Memory of this process that is in RAM, mapped snapshots included; NaN where the system does not tell."""
     try:
         pages = Path("/proc/self/statm").read_text().split()
     except OSError:
         return math.nan
-    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def tables_mb(cached: CachedPolicy) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from laws_ros.build import learn
 from laws_ros.build.grow import grow
 from laws_ros.build.learn import Learner
+from laws_ros.core import sealed
 from laws_ros.core.checker import Checker
+from laws_ros.core.library import Library
 from laws_ros.runtime.history import History
 from laws_ros.runtime.routing import Router
 from tests.support import break_certificates
@@ -105,6 +108,22 @@ def test_a_crash_before_the_misses_are_forgotten_only_repeats_work(built, histor
     again = Learner(history, built.policy, built.network).learn()
     assert again.misses == 500
     assert again.added <= stored  # most of them are answered by now
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memory that can be sealed on this system")
+def test_a_published_library_lies_in_the_memory_of_everyone_who_opens_it(built, history, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sealed, "LEAST", 0)
+    monkeypatch.setattr(sealed, "LINKS", tmp_path)
+    history.add(built.library.certificates[:50])
+    learner = Learner(history, built.policy, built.network)
+    before = learner.library
+    published = learner.publish(tmp_path / "x.laws")
+    assert learner.library is published and published.digest == before.digest and published.ids == before.ids
+    opened = Library.load(tmp_path / "x.laws")
+    assert len({link.stat().st_ino for link in (tmp_path / f"laws-{os.geteuid()}").iterdir()}) == 1
+    assert opened.digest == published.digest
+    feed(history, built, built.observations[:500])
+    assert learner.learn().added > 0 and len(learner.library) > len(published) == 50
 
 
 def test_experts_whose_traffic_stops_make_room(built, history) -> None:

@@ -3,7 +3,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import fields, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laws_ros.core import library as module
+from laws_ros.core import sealed
 from laws_ros.core.certificate import KINDS, Certificates, Ragged, kind_code, limited
 from laws_ros.core.errors import LibraryError
 from laws_ros.core.library import BEFORE_KINDS, MAGIC, Library
@@ -39,7 +45,8 @@ def test_any_changed_or_missing_byte_is_refused(built, tmp_path_factory, data) -
     else:
         del content[data.draw(st.integers(0, len(content) - 1)) :]
     path.write_bytes(bytes(content))
-    with pytest.raises(LibraryError, match=r"x\.laws") as caught:
+    least = data.draw(st.sampled_from([0, 1 << 40]))  # mapped or read
+    with pytest.raises(LibraryError, match=r"x\.laws") as caught, mock.patch.object(sealed, "LEAST", least):
         Library.load(path)
     assert "\n" not in str(caught.value)
 
@@ -152,6 +159,32 @@ def test_a_failed_write_leaves_the_old_library(built, tmp_path, monkeypatch) -> 
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.laws"]
     with pytest.raises(LibraryError, match="cannot be written"):
         built.library.save(tmp_path / "no" / "folder.laws")
+
+
+REWRITER = """
+import sys
+from laws_ros.core.library import Library
+libraries = [Library.load(path) for path in sys.argv[2:]]
+print("writes", flush=True)
+while True:
+    for library in libraries:
+        library.save(sys.argv[1])
+"""
+
+
+def test_killing_the_writer_of_a_snapshot_leaves_an_old_or_a_new_one(built, tmp_path) -> None:
+    small = replace(built.library, notes={"small": True}).indexed(built.library.trie)
+    for name, library in (("a.laws", built.library), ("b.laws", small), ("x.laws", small)):
+        library.save(tmp_path / name)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        command = [sys.executable, "-c", REWRITER, *(str(tmp_path / name) for name in ("x.laws", "a.laws", "b.laws"))]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert writer.stdout.readline() == "writes\n"
+        time.sleep(rng.uniform(0.0, 0.2))
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+        assert Library.load(tmp_path / "x.laws").digest in (built.library.digest, small.digest)
 
 
 def test_another_policy_or_card_is_refused_with_the_difference(built) -> None:

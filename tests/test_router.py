@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -283,6 +284,18 @@ def test_answers_leave_nothing_behind(built) -> None:
     blocks()
     before = blocks()
     assert blocks() - before < 200  # of the interpreter's memory, after ten thousand hits
+
+
+def test_no_step_opens_a_session_or_a_file(built, monkeypatch) -> None:
+    cached, x = CachedPolicy(built.library, built.policy), queries(built, 13, 300)
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("in a control step")
+
+    monkeypatch.setattr(ort, "InferenceSession", refused)
+    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr("os.open", refused)
+    assert {cached.answer(row).region >= 0 for row in x} == {True, False}
 
 
 def test_a_hit_is_the_experts_answer_by_whatever_call_it_is_run(built) -> None:

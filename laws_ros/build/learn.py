@@ -6,13 +6,18 @@ misses from the history and publishes immutable snapshots, which a router takes 
 
 from __future__ import annotations
 
+import io
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from laws_ros.core import durable
+from laws_ros.core.errors import LibraryError
 from laws_ros.core.library import Library
 from laws_ros.core.network import Network
 from laws_ros.core.retention import expected_savings, retained, sizes
@@ -63,6 +68,8 @@ class Learner:
         policy, network: the same model, for execution and for bounds.
         most_experts, most_bytes: beyond, those that are expected to save least time are retired (core.retention).
         most_certificates: tried in one round, up to WHOLE times as many over everything; bounds its time.
+        memory: a file for the misses that are remembered from round to round, where each round is a process of its own
+            (the fleet's desk); if it is not there, or not of this policy, they are forgotten.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Learner:
         most_experts: int = 20_000,
         most_certificates: int = 3000,
         most_bytes: int | None = None,
+        memory: Path | None = None,
     ) -> None:
         self.history, self.policy, self.network = history, policy, network
         self.most_experts, self.most_bytes, self.most_certificates = most_experts, most_bytes, most_certificates
@@ -80,6 +88,8 @@ class Learner:
         self._left = self._seen = np.zeros((0, policy.observations), np.float32)
         self._learnt, self._since = 0, 0  # misses in the last lesson over everything, and since then
         self._quarantine = quarantine_of([], policy.observations)
+        self._memory = memory
+        self._recall()
 
     def learn(self, now: float | None = None, progress: Callable[[str], None] = lambda text: None) -> Lesson:
         """One round: certify regions around the misses that wait, retire what is not worth its place, and forget them.
@@ -95,12 +105,40 @@ class Learner:
             fresh, self._left = self._unanswered(fresh), self._unanswered(self._left)
         missing = np.concatenate([self._left, fresh])
         added = self._teach(fresh, missing, at, progress) if len(fresh) else 0
-        self.history.forget_misses(last)
         # What is too sparse to certify around now may not be with the next misses beside it.
         self._left = self._unanswered(missing)[-LEFT:]
+        self._remember()
+        self.history.forget_misses(last)
         retired = self._age_out(at)
         changed = added > 0 or retired > 0 or restored > 0
         return Lesson(self.library if changed else None, len(x), len(news), added, retired, restored)
+
+    def _remember(self) -> None:
+        if self._memory is None:
+            return
+        data, counts = io.BytesIO(), np.array([self._learnt, self._since])
+        np.savez(data, policy=np.array(self.policy.sha256), left=self._left, seen=self._seen, counts=counts)
+        try:
+            durable.write(self._memory, data.getvalue())
+        except OSError as error:
+            raise LibraryError(f"{self._memory}: cannot be written: {error.strerror}") from None
+
+    def _recall(self) -> None:
+        if self._memory is None:
+            return
+        try:
+            with np.load(self._memory) as file:
+                if str(file["policy"]) == self.policy.sha256:
+                    left, seen, counts = (file[name] for name in ("left", "seen", "counts"))
+                    self._left, self._seen, (self._learnt, self._since) = left, seen, counts.tolist()
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return  # lessons begin anew
+
+    def publish(self, path: Path) -> Library:
+        """Write the library as a snapshot, and go on in its memory, which is that of everyone who opens it."""
+        self.library.save(path)
+        self.library = Library.load(path)
+        return self.library
 
     def answered(self, hits: dict[str, int], now: float | None = None) -> None:
         """Count what the experts answered, by their ids."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
-def write(path: Path, *parts: bytes) -> None:
+def write(path: Path, *parts: Any) -> None:
     """Write a file beside its target, synchronise it, and rename it over the target.
+
+    Args:
+        parts: bytes, or arrays of them.
 
     Raises:
         OSError: no such folder, no permission, or the disk is full; an older file stays as it was.

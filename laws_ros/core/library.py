@@ -1,9 +1,10 @@
 """A library: certified experts, the trie that finds them, and what they are bound to; stored as one snapshot file.
 
 File layout: magic, sha256 of all that follows, length of the header, the header as JSON (what the library is bound to,
-and name, type, shape and place of every array), then the arrays, each aligned to 64 bytes so that the file can be
-mapped. It is written beside its target, synchronised and renamed, so a reader sees an old library or a new one, never
-half of one; a file with any changed or missing byte is refused.
+and name, type, shape and place of every array), then the arrays, each aligned to 64 bytes: a library's arrays are views
+of the mapped file (core.sealed), and what it answers is not changed by what happens to the file later. It is written
+beside its target, synchronised and renamed, so a reader sees an old library or a new one, never half of one; a file
+with any changed or missing byte is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import durable
+from . import durable, sealed
 from .card import Card
 from .certificate import COLLAPSED, KINDS, Certificates, Ragged, decision_rows, limited
 from .collapsed import inconsistency
@@ -80,7 +81,7 @@ class Library:
     @cached_property
     def digest(self) -> str:
         """sha256 of the library's content, 16 digits."""
-        return hashlib.sha256(self._body()).hexdigest()[:16]
+        return _sha256(self._body()).hex()[:16]
 
     def indexed(self, trie: Trie) -> Library:
         """The same experts under a trie's questions, the cheapest first, and in no order that depends on history."""
@@ -113,7 +114,8 @@ class Library:
             }
         )
 
-    def _body(self) -> bytes:
+    def _body(self) -> list[Any]:
+        """The parts of the file behind its hash, for whoever takes bytes; arrays are not copied."""
         arrays = {k: np.ascontiguousarray(v) for k, v in self._arrays().items()}
         table, position = [], 0
         for name, array in arrays.items():
@@ -130,10 +132,10 @@ class Library:
             }
         ).encode()
         start = len(MAGIC) + 32 + 8 + len(header)
-        parts = [struct.pack("<Q", len(header)), header, b"\0" * (-start % _ALIGN)]
+        parts: list[Any] = [struct.pack("<Q", len(header)), header, b"\0" * (-start % _ALIGN)]
         for array in arrays.values():
-            parts += [array.tobytes(), b"\0" * (-array.nbytes % _ALIGN)]
-        return b"".join(parts)
+            parts += [array.reshape(-1).view(np.uint8), b"\0" * (-array.nbytes % _ALIGN)]
+        return parts
 
     def save(self, path: str | Path) -> None:
         """Write the snapshot atomically.
@@ -144,28 +146,28 @@ class Library:
         path = Path(path)
         body = self._body()
         try:
-            durable.write(path, MAGIC, hashlib.sha256(body).digest(), body)
+            durable.write(path, MAGIC, _sha256(body), *body)
         except OSError as error:
             raise LibraryError(f"{path}: cannot be written: {error.strerror}") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Library:
-        """Read a snapshot.
+        """Map a snapshot; processes that load the same one share its memory.
 
         Raises:
             LibraryError: missing, not a library, of another format, truncated or altered.
         """
         path = Path(path)
         try:
-            data = path.read_bytes()
+            data, intact = sealed.load(path, len(MAGIC))
         except OSError as error:
             raise LibraryError(f"{path}: cannot be read: {error.strerror}; `laws build` makes a library") from None
-        if not data.startswith(MAGIC[:7]):
-            raise LibraryError(f"{path}: not a LAWS library (it starts with {data[:8]!r})")
-        if not data.startswith((MAGIC, BEFORE_ROUND, BEFORE_KINDS)):
-            raise LibraryError(f"{path}: library format {data[:8]!r}, this program reads {MAGIC!r}")
-        body = memoryview(data)[len(MAGIC) + 32 :]  # a copy would double the memory that loading takes
-        if hashlib.sha256(body).digest() != data[len(MAGIC) : len(MAGIC) + 32]:
+        magic, body = data[: len(MAGIC)], memoryview(data)[len(MAGIC) + 32 :]
+        if not magic.startswith(MAGIC[:7]):
+            raise LibraryError(f"{path}: not a LAWS library (it starts with {magic!r})")
+        if magic not in (MAGIC, BEFORE_ROUND, BEFORE_KINDS):
+            raise LibraryError(f"{path}: library format {magic!r}, this program reads {MAGIC!r}")
+        if not intact:
             raise LibraryError(f"{path}: damaged: its content does not match its sha256; build or fetch it again")
         (length,) = struct.unpack_from("<Q", body)
         header = json.loads(bytes(body[8 : 8 + length]))
@@ -183,9 +185,9 @@ class Library:
 
         try:
             names = [f.name for f in fields(Certificates)]
-            if not data.startswith(MAGIC):
+            if magic != MAGIC:
                 names.remove("round")
-            if not data.startswith(BEFORE_KINDS):
+            if magic != BEFORE_KINDS:
                 for name in ("floats", "octets"):
                     arrays[f"certificates.{name}"] = part(f"certificates.{name}", Ragged, ["values", "start"])
             else:
@@ -200,6 +202,8 @@ class Library:
         library = cls(
             header["policy_sha256"], card, tolerance, certificates, trie, visits, header["notes"], header["precision"]
         )
+        if magic == MAGIC:  # what would be written is what was read
+            library.__dict__["digest"] = data[len(MAGIC) : len(MAGIC) + 32].hex()[:16]
         return library._checked(path)
 
     def _checked(self, path: Path) -> Library:
@@ -275,6 +279,13 @@ class Library:
                 wrong = inconsistency(octets, c.floats.row(k))
             if wrong:
                 raise LibraryError(f"{path}: region {self.ids[k]}: {wrong}; build the library again")
+
+
+def _sha256(parts: list[Any]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def _flat(name: str, part: Certificates | Trie | Ragged) -> dict[str, NDArray[Any]]:

@@ -21,7 +21,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from numpy.typing import NDArray
 from rclpy.clock import Clock, ClockType
 from rclpy.parameter import Parameter
@@ -41,7 +40,7 @@ from laws_ros.runtime.takeovers import HISTORY, SNAPSHOT
 
 from . import notify
 from .loop import number_of
-from .ros import HEARD_QOS, Declared, Managed, fail, run
+from .ros import AUTOSTART, HEARD_QOS, Declared, Managed, fail, run
 from .upkeep import state_folder
 
 PARAMETERS = (
@@ -58,7 +57,7 @@ PARAMETERS = (
     Declared("half_life_s", 604800.0, "an answer so old counts half when room is short [s]", 1.0, 1e9),
     Declared("most_certificates", 3000, "tried in a round; bounds its time", 1, 1_000_000),
     Declared("nice", 10, "lower priority of the process by this", 0, 19),
-    Declared("autostart", False, "configure and activate at once, and exit with code 2 if that is refused"),
+    AUTOSTART,
 )
 M_MMAP_THRESHOLD = -3  # of malloc.h
 KNOWN = 8  # snapshots whose experts' answers are still counted
@@ -85,7 +84,6 @@ class Node(Managed):
         self._told = Told([], Counter())
         self._future: Future[Lesson | None] | None = None
         self._facts: dict[str, Any] = {}
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_timer(1.0, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     # ------------------------------------------------------------------------------------------- lifecycle
@@ -209,18 +207,7 @@ class Node(Managed):
                 **self._facts,
                 "hit_rate": self._facts["hits"] / answered if answered else "none yet",
             }  # fmt: skip
-        message = DiagnosticArray()
-        message.header.stamp = self.get_clock().now().to_msg()
-        message.status = [
-            DiagnosticStatus(
-                level=DiagnosticStatus.OK,
-                name=f"{self.get_fully_qualified_name()}: learner",
-                message=facts["state"],
-                hardware_id=learner.library.card.name if learner is not None else "",
-                values=[KeyValue(key=key, value=str(value)) for key, value in facts.items()],
-            )
-        ]
-        self._diagnostics.publish(message)
+        self.report("learner", facts, learner.library.card.name if learner is not None else "")
 
     # ------------------------------------------------------------------------------------------- its own thread
 
@@ -284,10 +271,8 @@ class Node(Managed):
 
     def _publish(self) -> None:
         assert self._learner is not None
-        library = self._learner.library
-        self._know(library)
-        library.save(self._folder / SNAPSHOT)
-        self._published = library
+        self._know(self._learner.library)
+        self._published = self._learner.publish(self._folder / SNAPSHOT)
 
     def _know(self, library: Library) -> None:
         self._ids[number_of(library)] = library.ids

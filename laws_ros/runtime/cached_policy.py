@@ -132,13 +132,17 @@ class CachedPolicy:
 
     def _may_leave_limits(self) -> list[bool]:
         """Per expert: does its answer have to be cut to the card's limits somewhere in its region?"""
-        certificates = self.library.certificates
-        generators, _ = certificates.regions.generators()
-        weight = certificates.expert_weight.astype(float)
-        middle = np.einsum("eri,ei->er", weight, certificates.center) + certificates.expert_bias
-        swing = np.abs(weight @ generators).sum(axis=2) + 1e-5 * (1.0 + np.abs(middle))
-        within = ((middle - swing >= self._low) & (middle + swing <= self._high)).all(axis=1)
-        return [bool(k) for k in ~within | certificates.among(COLLAPSED)]
+        every = self.library.certificates
+        flags: list[bool] = []
+        for start in range(0, len(every), 1024):  # all axes at once would double a large library's memory
+            certificates = every[start : start + 1024]
+            generators, _ = certificates.regions.generators()
+            weight = certificates.expert_weight.astype(float)
+            middle = np.einsum("eri,ei->er", weight, certificates.center) + certificates.expert_bias
+            swing = np.abs(weight @ generators).sum(axis=2) + 1e-5 * (1.0 + np.abs(middle))
+            within = ((middle - swing >= self._low) & (middle + swing <= self._high)).all(axis=1)
+            flags += (~within | certificates.among(COLLAPSED)).tolist()
+        return flags
 
 
 def open_pair(
