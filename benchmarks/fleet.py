@@ -9,12 +9,14 @@
 list of them, and the rest of the metadata. Without a library, experts are made around observations of the policy's
 workload; bytes do not depend on how well they answer. Collapsed ones come from a random 17-2048-2048-6 policy.
 
-`speed` hands the same episodes out to K simulated robots. What the library of the moment does not answer goes to the
-desk, which certifies around the misses of all and publishes (as `laws fleet publish --learn` does) whenever they are
-half as many again (build.learn.MORE): after as many observations of the fleet for every K, so that the steps are not
-mistaken for a gain or a loss. The hit rate is measured on other episodes; where it passes --rate is read between two
-publications, on the line in the logarithm of observations. Robots take the experts in without the proof on arrival, and
-the desk's lessons take no time of operation: both cost CPU, but no observations.
+`speed` hands the same episodes out to K simulated robots, each of which is met at a random moment of its work: robots
+that all began with their first part would be seen doing little else. What the library of the moment does not answer
+goes to the desk, which certifies around the misses of all and publishes (as `laws fleet publish --learn` does) whenever
+they are a quarter as many again, and at least 500 more: after as many misses of the fleet for every K, so that the
+steps are not mistaken for a gain or a loss. The hit rate is measured on other episodes; where it passes --rate is read
+between two publications, on the line in the logarithm of observations. All of it once for each of --seeds, as one
+library is a matter of luck; means are of logarithms, with their standard error. Robots take the experts in without the
+proof on arrival, and the desk's lessons take no time of operation: both cost CPU, but no observations.
 
 `day` lets one robot work with a finished library: it certifies around its misses and pushes, the desk publishes, and
 another robot pulls. Beside it: reading the whole library, and the growth that arXiv:2605.04069 bounds, O(2^H log N),
@@ -39,7 +41,7 @@ from sac_actor import LAYERS, export
 
 from laws_ros.build import workloads
 from laws_ros.build.evaluate import policy_rollouts
-from laws_ros.build.learn import MORE, Learner
+from laws_ros.build.learn import Learner
 from laws_ros.build.workloads import Workload
 from laws_ros.cli import parse_tolerance
 from laws_ros.core.certificate import FORMAL, Certificates
@@ -59,6 +61,7 @@ from laws_ros.runtime.policy import Policy
 from laws_ros.runtime.routing import Router
 
 BATCHES = (1, 4, 16, 64)
+CHUNK = 10  # observations of every robot at a time
 
 
 def say(text: str) -> None:
@@ -145,13 +148,18 @@ def measure_bytes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def until(
-    policy: Policy, workload: Workload, robots: int, options: argparse.Namespace, episodes: list[Floats], x: Floats
+    policy: Policy,
+    workload: Workload,
+    robots: int,
+    options: argparse.Namespace,
+    episodes: list[Floats],
+    x: Floats,
+    rng: np.random.Generator,
 ) -> dict[str, Any]:
     """Observations per robot until the fleet's library answers the wanted share of held-out ones."""
     network, tolerance = load_network(policy.path), parse_tolerance(options.tolerance, policy, workload)
-    chunk = round(1.0 / workload.spec.period_s)
     shifts = [np.concatenate(episodes[k::robots]) for k in range(robots)]  # what each robot sees
-    seconds = range(0, min(map(len, shifts)) - chunk + 1, chunk)
+    shifts = [np.roll(shift, rng.integers(len(shift)), axis=0) for shift in shifts]
     seen = waiting = learnt = 0
     curve: list[tuple[int, float]] = []  # after every publication: observations per robot, share answered
     with (
@@ -159,48 +167,61 @@ def until(
         History(Path(folder) / "h.db", policy.sha256, policy.card, tolerance) as history,
     ):
         learner, started = Learner(history, policy, network), time.process_time()
-        for start in seconds:
-            part = np.concatenate([shift[start : start + chunk] for shift in shifts])
-            missed = part[Router(learner.library, tolerance).many(part) < 0]
+        router = Router(learner.library, tolerance)
+        for start in range(0, min(map(len, shifts)), CHUNK):
+            part = np.concatenate([shift[start : start + CHUNK] for shift in shifts])
+            missed = part[router.many(part) < 0]
             history.add_misses(missed, policy.batch(missed))
-            seen, waiting = seen + chunk, waiting + len(missed)
-            if waiting >= max(options.first, MORE * learnt):  # so every lesson is over all misses so far
+            seen, waiting = start + CHUNK, waiting + len(missed)
+            if waiting >= max(options.first, options.more * learnt):
                 learner.learn()
-                learnt, waiting = learnt + waiting, 0
-                curve.append((seen, float((Router(learner.library, tolerance).many(x) >= 0).mean())))
+                learnt, waiting, router = learnt + waiting, 0, Router(learner.library, tolerance)
+                curve.append((seen, float((router.many(x) >= 0).mean())))
                 say(f"K={robots}: {seen} observations each, {len(learner.library)} experts, {100 * curve[-1][1]:.1f}%")
                 if curve[-1][1] >= options.rate:
                     break
-    rates = [rate for _, rate in curve]
-    reached = np.interp(options.rate, rates[-2:], np.log([n for n, _ in curve[-2:]])) if len(curve) > 1 else np.nan
-    return {
-        "observations": round(float(np.exp(reached)))
-        if rates and rates[-1] >= options.rate and len(rates) > 1
-        else None,
-        "curve": [(n, round(rate, 4)) for n, rate in curve],
-        "misses": learnt,
-        "experts": len(learner.library),
-        "cpu_seconds": round(time.process_time() - started, 1),
-    }
+    told = {"misses": learnt, "experts": len(learner.library), "cpu_seconds": round(time.process_time() - started, 1)}
+    counts, rates = zip(*curve, strict=True)
+    reached = len(rates) > 1 and rates[-1] >= options.rate
+    observations = round(float(np.exp(np.interp(options.rate, rates[-2:], np.log(counts[-2:]))))) if reached else None
+    return {"observations": observations, "curve": [(n, round(rate, 4)) for n, rate in curve], **told}
 
 
 def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     workload = workloads.get(options.workload)
     policy = Policy(resolve(options.policy or f"models/{options.workload}.onnx"))
-    fresh = policy_rollouts(policy, workload, -(-HELD_OUT // workload.spec.episode_steps), options.seed - 1)
+    fresh = policy_rollouts(policy, workload, -(-HELD_OUT // workload.spec.episode_steps), options.held_out)
     x = np.concatenate(fresh.observations)
-    episodes = policy_rollouts(policy, workload, options.episodes, options.seed).observations
-    found = {k: until(policy, workload, k, options, episodes, x) for k in options.robots}
-    reached = {k: row["observations"] for k, row in found.items() if row["observations"]}
-    speed = {k: reached[min(reached)] / value for k, value in reached.items()}
-    fit = float(np.polyfit(np.log(list(speed)), np.log(list(speed.values())), 1)[0]) if len(speed) > 1 else None
+    found: dict[int, dict[int, dict[str, Any]]] = {}
+    for seed in options.seeds:
+        episodes = policy_rollouts(policy, workload, options.episodes, seed).observations
+        found[seed] = {
+            k: until(policy, workload, k, options, episodes, x, np.random.default_rng([seed, k]))
+            for k in options.robots
+        }
+    return {"workload": options.workload, "rate": options.rate, "seeds": found, **speed_up(found, options.robots)}
+
+
+def speed_up(found: dict[int, dict[int, dict[str, Any]]], robots: list[int]) -> dict[str, Any]:
+    """Against the fewest robots, over the seeds with which all reached the rate: geometric means and standard errors,
+    and the exponent of K that fits them."""
+    each = [[row[k]["observations"] for k in robots] for row in found.values()]
+    counts = np.array([row for row in each if None not in row], float).reshape(-1, len(robots))
+    if not len(counts):
+        return {"reached": 0}
+    k = np.array(robots) / min(robots)
+    speed = np.log(counts[:, [int(np.argmin(robots))]] / counts)  # [seeds, robots]
+    mean = speed.mean(axis=0)
+    error = speed.std(axis=0, ddof=1) / np.sqrt(len(speed)) if len(speed) > 1 else np.full(len(robots), np.nan)
+    exponent = (speed @ np.log(k)) / (np.log(k) @ np.log(k))  # of the line through the fewest robots
     return {
-        "workload": options.workload,
-        "rate": options.rate,
-        "robots": found,
-        "speed_up": {k: round(value, 2) for k, value in speed.items()},
-        "share_of_k": {k: round(value / k * min(reached), 2) for k, value in speed.items()},
-        "exponent": None if fit is None else round(fit, 3),
+        "reached": len(counts),
+        "observations": dict(zip(robots, np.exp(np.log(counts).mean(axis=0)).round().tolist(), strict=True)),
+        "speed_up": dict(zip(robots, np.exp(mean).round(2).tolist(), strict=True)),
+        "share_of_k": dict(zip(robots, (np.exp(mean) / k).round(3).tolist(), strict=True)),
+        "its_standard_error": dict(zip(robots, (np.exp(mean) / k * error).round(3).tolist(), strict=True)),
+        "share_of_k_by_seed": (np.exp(speed) / k).round(3).tolist(),
+        "exponent": round(float(exponent.mean()), 3),
     }
 
 
@@ -268,8 +289,10 @@ def main() -> None:
     c.add_argument("--robots", type=int, nargs="+", default=[1, 2, 4, 8])
     c.add_argument("--rate", type=float, default=0.8)
     c.add_argument("--episodes", type=int, default=8, help="of all robots together")
-    c.add_argument("--first", type=int, default=500, help="misses of all robots before the first publication")
-    c.add_argument("--seed", type=int, default=11)
+    c.add_argument("--first", type=int, default=500, help="misses of all robots before a publication, at least")
+    c.add_argument("--more", type=float, default=0.25, help="and as a share of all before")
+    c.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="of the episodes, one run for each")
+    c.add_argument("--held-out", type=int, default=10, help="seed of the episodes that the rate is measured on")
     c.set_defaults(run=measure_speed)
     c = commands.add_parser("day")
     c.add_argument("--workload", default="arm_sort")

@@ -22,7 +22,10 @@ from typing import Any
 
 import numpy as np
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Targets
+from tuf.api.metadata import DelegatedRole, Delegations, Metadata, TargetFile, Targets
+
+from laws_ros.fleet.desk import SHARING
+from laws_ros.fleet.desk import receipts as receipt_files
 
 DECADES = 14.0  # of rates, below the largest one, in factors of e times ten
 
@@ -81,13 +84,17 @@ def metadata(robots: int) -> tuple[Any, ...]:
     data = signed.to_bytes()
     written = time.perf_counter()
     Metadata[Targets].from_bytes(data)
-    receipts = robots * len(json.dumps({"robot-000000": [1, "0" * 64]}))
+    manifest = {"receipts": math.ceil(robots / SHARING)}
+    receipts = min(robots, SHARING) * len(json.dumps({"robot-000000": [1, "0" * 64]}))  # in the file of one robot
+    files = Targets(targets={name: TargetFile.from_data(name, bytes(receipts)) for name in receipt_files(manifest)})
+    listed = len(Metadata(files).to_bytes()) - len(Metadata(Targets()).to_bytes())
     return (
         f"{robots:,}",
         f"{len(data) / 1e3:,.0f} KB",
         f"{1e3 * (written - began):,.0f} ms",
         f"{1e3 * (time.perf_counter() - written):,.0f} ms",
         f"{receipts / 1e3:,.0f} KB",
+        f"{listed / 1e3:,.1f} KB",
     )
 
 
@@ -120,7 +127,10 @@ def main() -> None:
         print("Robots certify:\n" if learners else "The desk certifies:\n")
         rows = [(count, interval) for interval in options.interval for count in options.robots]
         table(head, [fleet(count, options, interval, learners) for count, interval in rows])
-    table("robots | their keys | to sign | to read | receipts", [metadata(count) for count in options.robots])
+    table(
+        "robots | their keys | to sign | to read | a file of receipts | the list of these files",
+        [metadata(count) for count in options.robots],
+    )
 
 
 if __name__ == "__main__":

@@ -1121,7 +1121,8 @@ def _fleet(options: argparse.Namespace) -> int:
 
         network, progress = load_network(desk.place.policy.path), _Progress("fleet")
         with desk.place.history() as history:
-            return Learner(history, desk.place.policy, network).learn(progress=progress).added
+            memory = desk.folder / "fleet" / "lessons.npz"
+            return Learner(history, desk.place.policy, network, memory=memory).learn(progress=progress).added
 
     result, text = fleet.run(options, _Progress("fleet"), learn)
     _print(options, result, text)

@@ -1,11 +1,13 @@
 """The threat model of The Update Framework (specification 1.0, section 1.5), one test for each attack: refused with a
-reason, logged once, nothing loaded. And power cuts at every step of telling, publishing and taking in."""
+reason, logged once, nothing loaded. And power cuts, kills and full disks at every step of telling, publishing and
+taking in."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -20,12 +22,13 @@ import pytest
 from tuf.api.metadata import Metadata, MetaFile
 
 from laws_ros.core import durable
-from laws_ros.core.errors import FleetError, RefusedError
+from laws_ros.core.errors import FleetError, LawsError, RefusedError
 from laws_ros.core.library import Library
-from laws_ros.fleet.desk import MANIFEST, Desk
+from laws_ros.fleet.desk import MANIFEST, MOST_UPLOADS, Desk
+from laws_ros.fleet.items import content_name
 from laws_ros.fleet.robot import Robot
 from laws_ros.fleet.store import Store
-from laws_ros.fleet.trust import Repository, read_keys, read_public
+from laws_ros.fleet.trust import Repository, read_keys, read_public, upload
 from tests.conftest import Built
 from tests.fleet_support import TOLERANCE, ids, joined, learnt, new_desk, proved
 from tests.support import random_mlp, save_mlp
@@ -264,6 +267,42 @@ def test_keys_can_be_replaced_and_the_old_ones_are_worth_nothing(attacked: Attac
         sign()
 
 
+@pytest.mark.parametrize("role", ["root", "targets", "snapshot", "timestamp", "robots"])
+def test_what_a_replaced_key_signs_is_refused(attacked: Attacked, monkeypatch, role: str) -> None:
+    """A thief with the old key of a role and the right ones of all others, and with a program that signs anything."""
+    desk, folder = attacked.desk, attacked.desk.folder
+    path = next((folder / "keys" / role).iterdir())
+    stolen = next(iter(read_keys([path.parent]).values()))
+    new = desk.repository.rotate(role, folder / "keys" / role)
+    path.unlink()
+    Desk(folder).repository.send(desk.store)
+    attacked.robot.pull()
+    shutil.copytree(folder, folder.parent / "thief")
+    (folder.parent / "thief" / "keys" / role / f"{new}.pem").unlink()
+    thief = Desk(folder.parent / "thief")
+
+    def signed(self: Repository, what: Any, named: str, *delegators: Any) -> bytes:
+        metadata = Metadata(what)
+        wanted = {keyid for one in delegators for keyid in one.get_delegated_role(named).keyids} & self.signers.keys()
+        for signer in [*(self.signers[keyid] for keyid in wanted), *([stolen] if named == role else [])]:
+            metadata.sign(signer, append=True)
+        return bytes(metadata.to_bytes())
+
+    monkeypatch.setattr(Repository, "_signed", signed)
+    if role == "robots":  # which robots do not read, except in cells
+        known = attacked.robot.peers()
+        thief.repository.enrol({"thief": stolen.public_key})
+        thief.repository.send(thief.store)
+        assert attacked.robot.peers() == known and list(known) == ["a"]
+        return
+    if role == "root":
+        thief.repository.rotate("timestamp", folder.parent / "thief" / "keys" / "timestamp")
+    with thief.place.history() as history:
+        history.add(attacked.built.library.certificates[6:7], "thief")
+    thief.publish()
+    attacked.refused("not signed by enough")
+
+
 def test_a_library_for_another_policy(attacked: Attacked, built, tmp_path) -> None:
     """Even where the fleet's own keys have signed it."""
     layers = random_mlp(np.random.default_rng(5), [3, 24, 24, 2], gain=0.7)
@@ -287,6 +326,20 @@ def test_a_library_for_another_policy(attacked: Attacked, built, tmp_path) -> No
         robot.pull()
     with robot.place.history() as history:
         assert history.known() == set()
+
+
+def test_a_library_for_another_card(attacked: Attacked, built, tmp_path) -> None:
+    """The same policy file, but one of its actions is in another unit here."""
+    other = tmp_path / "other.onnx"
+    shutil.copy(built.path, other)
+    other.with_suffix(".yaml").write_text(built.path.with_suffix(".yaml").read_text().replace("N m", "mN m"))
+    told = json.loads((attacked.robot.fleet / "robot.json").read_text())
+    (attacked.robot.fleet / "robot.json").write_text(json.dumps({**told, "policy": str(other)}))
+    robot = Robot(attacked.robot.folder)
+    (robot.folder / "history.db").unlink(), (robot.folder / "library.laws").unlink()
+    with pytest.raises(RefusedError, match=r"for card .*this robot's is .*nothing was taken in"):
+        robot.pull()
+    assert not (robot.folder / "history.db").exists() and not (robot.folder / "library.laws").exists()
 
 
 def test_a_newer_format(attacked: Attacked) -> None:
@@ -328,7 +381,7 @@ def uploaded(attacked: Attacked) -> Path:
     return attacked.store / "uploads" / "a"
 
 
-def one_refusal(attacked: Attacked, match: str) -> None:
+def one_refusal(attacked: Attacked, match: str, logged: int = 1) -> None:
     with attacked.desk.place.history() as history:
         before = history.known()
     for _ in range(2):
@@ -336,20 +389,22 @@ def one_refusal(attacked: Attacked, match: str) -> None:
         assert found.accepted == 0 and re.search(match, next(iter(found.refused.values())))
     with attacked.desk.place.history() as history:
         assert history.known() == before
-    assert len(attacked.desk.place.refused()) == 1
+    assert len(attacked.desk.place.refused()) == logged
 
 
 def test_revoked_robot(attacked: Attacked) -> None:
     uploaded(attacked)
     attacked.desk.repository.revoke("a")
-    assert attacked.desk.collect() == {} and attacked.desk.repository.robots() == []
+    assert attacked.desk.repository.robots() == []
+    one_refusal(attacked, "it was revoked")
     # and one with its name but another key
     shutil.copytree(attacked.robot.folder, attacked.robot.folder.with_name("a2"))
     other = joined(attacked.desk, "b", enrol=False)
     told = json.loads((other.fleet / "robot.pub.json").read_text()) | {"robot": "a"}
     (other.fleet / "robot.pub.json").write_text(json.dumps(told))
     attacked.desk.repository.enrol(dict([read_public(other.fleet / "robot.pub.json")]))
-    one_refusal(attacked, "signed by 0/1 keys")
+    assert attacked.desk.repository.revoked() == []
+    one_refusal(attacked, "signed by 0/1 keys", 2)
 
 
 def test_tampered_upload(attacked: Attacked) -> None:
@@ -369,6 +424,20 @@ def test_tampered_chunk(attacked: Attacked) -> None:
     # the robot is not told that it was received, and it is, once it is what the robot signed
     chunk.write_bytes(data)
     assert attacked.desk.collect()["a"].accepted == 2
+
+
+@pytest.mark.parametrize("what", ["chunk", "list", "many"])
+def test_endless_data_for_the_desk(attacked: Attacked, what: str) -> None:
+    folder = uploaded(attacked)
+    (chunk,) = [path for path in folder.iterdir() if path.name != "list.json"]
+    if what == "many":  # signed by the robot itself
+        some = [str(k).encode() for k in range(MOST_UPLOADS + 1)]
+        signer = next(iter(read_keys([attacked.robot.fleet / "key"]).values()))
+        (folder / "list.json").write_bytes(upload("a", signer, 9, {content_name(data): data for data in some}))
+    else:
+        path = chunk if what == "chunk" else folder / "list.json"
+        path.write_bytes(path.read_bytes() + bytes(2 << 20))
+    one_refusal(attacked, "at most 256 are read" if what == "many" else "which is the limit")
 
 
 def test_replayed_upload(attacked: Attacked) -> None:
@@ -420,61 +489,94 @@ def cut_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]
         yield done
 
 
-@pytest.mark.parametrize("what", ["push", "publish", "pull"])
-def test_power_cut_at_every_step(attacked: Attacked, built, tmp_path, monkeypatch, what: str) -> None:
-    """Cut wherever it may be, the same again goes on to the very same end."""
-    robot, desk = attacked.robot, attacked.desk
-    learnt(robot, built.library.certificates[6:8])
-    if what != "push":
-        robot.push()
-    if what == "pull":
-        desk.collect(), desk.publish()
-    saved = tmp_path / "saved"
-    saved.mkdir()
-    roots = {"robot": robot.folder, "desk": desk.folder, "store": attacked.store}
-    for name, path in roots.items():
-        shutil.copytree(path, saved / name, symlinks=True)
+class Step:
+    """A robot and a desk before something is told, published or taken in, which can be tried again and again."""
 
-    def act() -> None:
-        if what == "push":
-            Robot(robot.folder).push()
-        elif what == "pull":
-            Robot(robot.folder).pull()
+    def __init__(self, attacked: Attacked, what: str) -> None:
+        self.robot, self.desk, self.what = attacked.robot, attacked.desk, what
+        learnt(self.robot, attacked.built.library.certificates[6:8])
+        if what != "push":
+            self.robot.push()
+        if what == "pull":
+            self.desk.collect(), self.desk.publish()
+        self.saved = attacked.store.with_name("saved")
+        self.roots = {"robot": self.robot.folder, "desk": self.desk.folder, "store": attacked.store}
+        for name, path in self.roots.items():
+            shutil.copytree(path, self.saved / name, symlinks=True)
+
+    def act(self) -> None:
+        if self.what == "push":
+            Robot(self.robot.folder).push()
+        elif self.what == "pull":
+            Robot(self.robot.folder).pull()
         else:
-            again = Desk(desk.folder)
+            again = Desk(self.desk.folder)
             again.collect(), again.publish()
 
-    def reached() -> tuple[Any, ...]:
-        """What all have in the end, after another round."""
-        Robot(robot.folder).push()
-        again = Desk(desk.folder)
-        again.collect(), again.publish()
-        found = Robot(robot.folder).pull()
-        assert not found.healed and not again.place.refused() and not Robot(robot.folder).place.refused()
-        with again.place.history() as history:
-            return ids(robot), history.known(), Library.load(robot.folder / "library.laws").digest
-
-    def restore() -> None:
-        for name, path in roots.items():
+    def restore(self) -> None:
+        for name, path in self.roots.items():
             shutil.rmtree(path)
-            shutil.copytree(saved / name, path, symlinks=True)
+            shutil.copytree(self.saved / name, path, symlinks=True)
 
-    act()
-    expected = reached()
+    def reached(self) -> tuple[Any, ...]:
+        """What all have in the end, after another round."""
+        assert Library.load(self.robot.folder / "library.laws")  # never half of one
+        Robot(self.robot.folder).push()
+        again = Desk(self.desk.folder)
+        again.collect(), again.publish()
+        found = Robot(self.robot.folder).pull()
+        assert not found.healed and not again.place.refused() and not Robot(self.robot.folder).place.refused()
+        with again.place.history() as history:
+            return ids(self.robot), history.known(), Library.load(self.robot.folder / "library.laws").digest
+
+
+@pytest.fixture(params=["push", "publish", "pull"])
+def step(attacked: Attacked, request: pytest.FixtureRequest) -> Step:
+    return Step(attacked, request.param)
+
+
+def test_power_cut_at_every_step(step: Step, monkeypatch) -> None:
+    """Cut wherever it may be, the same again goes on to the very same end."""
+    step.act()
+    expected = step.reached()
     assert len(expected[0]) == len(expected[1]) == 6
     cut, steps = True, 0
     while cut:
-        restore()
+        step.restore()
         with cut_after(steps, monkeypatch):
             try:
-                act()
+                step.act()
                 cut = False
             except PowerCut:
                 pass
-        assert Library.load(robot.folder / "library.laws")  # never half of one
-        assert reached() == expected, f"cut after {steps} steps"
+        assert step.reached() == expected, f"cut after {steps} steps"
         steps += 3
     assert steps > 5
+
+
+def test_a_full_disk(step: Step, capfd) -> None:
+    """No file may grow beyond so many bytes, be it the database's, python-tuf's or ours: as on a disk that fills up."""
+    step.act()
+    expected, refused = step.reached(), 0
+    for most in (0, 300, 1000, 3000, 10_000, 30_000):
+        step.restore()
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+                step.act()
+                code = 0
+            except LawsError as error:
+                code = 3 if str(error).count("\n") == 0 else 4
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 3), f"{most} bytes: {capfd.readouterr().err}"
+        refused += code == 3
+        assert step.reached() == expected, f"{most} bytes"
+    assert refused > 2
 
 
 def test_killed_processes(desk, built, tmp_path) -> None:

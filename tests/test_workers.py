@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +56,9 @@ class Mortal:
             return work(item)
 
         return self.workers.map(self.wrapped.setdefault(id(work), mortal), items)
+
+    def together(self, jobs):
+        return self.workers.together(jobs)
 
 
 def same(one, other) -> bool:
@@ -110,6 +116,37 @@ def test_answers_come_in_order_and_items_are_taken_late(cluster) -> None:
     answers = cluster.map(slow, items())
     assert next(answers) == 0 and len(taken) <= workers.AHEAD * cluster.count
     assert list(answers) == list(range(1, 20))
+
+
+def test_jobs_go_on_side_by_side_and_answer_in_order(cluster) -> None:
+    both = threading.Barrier(2, timeout=100.0)
+
+    def job(first: int) -> list[int]:
+        found = list(cluster.map(abs, [first, first - 1]))
+        both.wait()  # the other one is at work, too
+        return found + list(cluster.map(abs, [first]))
+
+    jobs = [partial(job, -3), partial(job, -7)]
+    assert cluster.together(jobs) == [[3, 4, 3], [7, 8, 7]]
+    assert cluster.together([]) == [] and workers.HERE.together([partial(abs, -1), partial(abs, -2)]) == [1, 2]
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert workers._address() is None  # Ray starts one
+    left = tmp_path / "ray" / "ray_current_cluster"
+    left.parent.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = f"127.0.0.1:{server.getsockname()[1]}"
+        left.write_text(here)
+        assert workers._address() is None  # Ray finds it
+        monkeypatch.setenv("RAY_ADDRESS", f"ray://{here}")
+        assert workers._address() is None
+    with pytest.raises(ConfigError, match=rf"^Ray cluster \(ray://{here}\): does not answer"):
+        workers._address()
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert workers._address() == "local"  # it was killed, and its address is still there
 
 
 def test_a_worker_with_another_version_refuses() -> None:

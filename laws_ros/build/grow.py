@@ -20,6 +20,8 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +60,7 @@ ROOM, MOST = (1.0, 1.0, 0.5), 4.0
 THIN = (4.0, 2.0)
 ACROSS = (1.5, 1.25)
 HALVES = 1.5
+BESIDE, FEW = 2, 4  # regions are certified in so many parts side by side, of at least so many each
 # Answers that use the tolerance up cost return, and lead the robot where nothing was learned: so a region that answers
 # MANY of its observations, or is widened, must do so within this share of the tolerance. Elsewhere all of it is used.
 CAREFUL, MANY = 0.5, 16
@@ -168,7 +171,8 @@ def tighten(
     for start in range(0, len(todo), BATCH):
         some = todo[start : start + BATCH]
         old = certificates[some]
-        new = Certificates.join(list(workers.map(certifier, [(k, effort) for k in _batches(old.regions, certifier)])))
+        items = [(old.regions[part], effort) for part in _parts(len(old), certifier)]
+        new = Certificates.join(list(workers.map(certifier, items)))
         tried += len(some)
         before, after = (k.worst / unit for k in (old, new))
         more = new.bound_offset - old.bound_offset + swing(new.bound_weight - old.bound_weight, old.regions.ball)
@@ -182,9 +186,10 @@ def tighten(
     return replace(library, certificates=certificates).indexed(library.trie), tried
 
 
-def _batches(regions: Regions, certifier: _Certifier) -> list[Regions]:
-    parts = np.array_split(np.arange(len(regions)), math.ceil(len(regions) / certifier.batch))
-    return [regions[part] for part in parts]
+def _parts(count: int, certifier: _Certifier, beside: int = 1) -> list[NDArray[np.intp]]:
+    """What is certified at once of so many regions; in `beside` parts, if that leaves FEW in each."""
+    parts = max(math.ceil(count / certifier.batch), min(beside, count // FEW), 1)
+    return np.array_split(np.arange(count), parts)
 
 
 def _scaled(regions: Regions, factors: Floats) -> Regions:
@@ -235,7 +240,7 @@ class _Grower:
         self.max_regions, self.max_certificates, self.progress = max_regions, max_certificates, progress
         spread = self.x.std(axis=0)
         self.scale = np.where(spread > 1e-9, spread, 1.0)
-        self.tried = 0
+        self.tried, self._counting = 0, Lock()
         self.splitter = Splitter()
         self.kept: list[Certificates] = []
         self.heap: list[tuple[int, int, _Node]] = []
@@ -380,8 +385,10 @@ class _Grower:
         Args:
             share: of the tolerance that may be used; by default less where many are answered.
         """
-        self.tried += len(regions)
-        batches = [(k, SEARCH) for k in _batches(regions, self.certifier)]
+        with self._counting:
+            self.tried += len(regions)
+        parts = _parts(len(regions), self.certifier, 1 if share else BESIDE)
+        batches = [(regions[part], SEARCH) for part in parts]
         certificates = Certificates.join(list(self.workers.map(self.certifier, batches)))
         which = np.repeat(np.arange(len(points)), [len(p) for p in points])
         shares = [share or (CAREFUL if len(p) >= MANY else 1.0) for p in points]
@@ -446,7 +453,15 @@ class _Grower:
         return Regions.from_axes(center, axes, widths, round)
 
     def _widened(self, certificates: Certificates, points: list[NDArray[np.intp]]) -> Certificates:
-        """Scale every region up as long as all of its own observations stay answered."""
+        """Scale every region up as long as all of its own observations stay answered.
+
+        That is many steps of few regions each: so some regions go through all of them beside the others.
+        """
+        parts = _parts(len(points), self.certifier, BESIDE)
+        jobs = [partial(self._widened_beside, certificates[part], [points[k] for k in part]) for part in parts]
+        return Certificates.join(self.workers.together(jobs))
+
+    def _widened_beside(self, certificates: Certificates, points: list[NDArray[np.intp]]) -> Certificates:
         axis, fixed = np.arange(self.x.shape[1]), len(self.discrete)
         others = certificates.regions.ball
         bends = ~others & (axis >= fixed)

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, TypeVar
 
 from laws_ros import __version__
@@ -38,12 +42,18 @@ class Workers(Protocol):
             work: a callable object that pickle can send; it is sent once, as long as it is the same object.
         """
 
+    def together(self, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+        """What jobs answer that do not depend on each other, and use `map` while they are at it."""
+
 
 class _Here:
     count = 1
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         return map(work, items)
+
+    def together(self, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+        return [job() for job in jobs]
 
 
 HERE: Workers = _Here()
@@ -69,16 +79,47 @@ def hired(engine: str) -> Iterator[Workers]:
     import ray
 
     own = not ray.is_initialized()
+    address = _address() if own else None
     try:
         if own:
-            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+            ray.init(address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         yield _Ray()
     except (ray.exceptions.RayError, ConnectionError) as error:
-        address = os.environ.get("RAY_ADDRESS", "started here")
-        raise ConfigError(f"Ray cluster ({address}): {str(error).splitlines()[0]}") from None
+        where = os.environ.get("RAY_ADDRESS", "started here")
+        raise ConfigError(f"Ray cluster ({where}): {str(error).splitlines()[0]}") from None
     finally:
         if own:
             ray.shutdown()
+
+
+def _address() -> str | None:
+    """Which cluster Ray is to find: None for the one that it would look for, as long as that answers.
+
+    Ray waits for minutes for one that does not, and one that was killed on this machine has left its address behind.
+
+    Raises:
+        ConfigError: RAY_ADDRESS does not answer.
+    """
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named:
+        if named not in ("auto", "local") and not _answers(named):
+            raise ConfigError(f"Ray cluster ({named}): does not answer; is RAY_ADDRESS right?")
+        return None
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        left = Path(folder, "ray", "ray_current_cluster").read_text().strip()
+    except OSError:
+        return None
+    return None if _answers(left) else "local"
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10.0):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 class _Ray:
@@ -87,13 +128,19 @@ class _Ray:
 
         self.count = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
+        self._sending = Lock()
         self._sent: dict[int, tuple[Any, Any]] = {}  # what was sent, kept so that its id stays its own, and Ray's name
+
+    def together(self, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+        with ThreadPoolExecutor(max(1, len(jobs))) as pool:  # which wait for workers, mostly
+            return list(pool.map(lambda job: job(), jobs))
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         import ray
 
-        if id(work) not in self._sent:
-            self._sent[id(work)] = work, ray.put(work)
+        with self._sending:
+            if id(work) not in self._sent:
+                self._sent[id(work)] = work, ray.put(work)
         # in a list, Ray hands on the name, not the object
         name = [self._sent[id(work)][1]]
         waiting: deque[Any] = deque()

@@ -2,13 +2,16 @@
 
 A publication consists of chunks of what is new (`delta-N-...`), every so often of everything (`base-N-...`), and of
 `library.json`, which says what they are. A robot that saw publication N takes the deltas behind N, one that has seen
-nothing, or not for long, the base first. `collected.json` tells robots which of their uploads have been taken in.
+nothing, or not for long, the base first. Receipts tell robots which of their uploads have been taken in: they are in
+`collected.json`, of large fleets in several files of which each robot reads one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,25 @@ from .store import Store
 from .trust import DAYS, ROBOTS, Repository, read_upload, told
 
 FORMAT = 1
-MANIFEST, COLLECTED = "library.json", "collected.json"
+MANIFEST = "library.json"
+SHARING = 256  # robots, about, whose receipts are in one file
+TOGETHER = 16  # robots' lists that are read at a time
 MOST_DELTAS = 32  # publications that a robot may have missed and still need no base
 MOST_LIST = 1 << 17  # bytes of a robot's list of chunks
 MOST_UPLOADS = 256  # chunks that a robot may offer at once
 NAME = "desk"
+
+
+def receipts(manifest: Mapping[str, Any]) -> list[str]:
+    """The targets that say what was taken in: [version, name] of a list, by robot."""
+    count = manifest.get("receipts", 1)
+    return ["collected.json"] if count == 1 else [f"collected-{k}.json" for k in range(count)]
+
+
+def receipts_of(robot: str, manifest: Mapping[str, Any]) -> str:
+    """The one of them that a robot's receipt is in."""
+    names = receipts(manifest)
+    return names[int(content_name(robot.encode()), 16) % len(names)]
 
 
 class Desk:
@@ -89,7 +106,7 @@ class Desk:
         allowed = check_tolerance(tolerance, place.policy)
         place.history(allowed).close()
         manifest = _manifest(place.identity, allowed)
-        files = {MANIFEST: json.dumps(manifest).encode(), COLLECTED: b"{}"}
+        files = {MANIFEST: json.dumps(manifest).encode(), receipts(manifest)[0]: b"{}"}
         lasting = {**DAYS, **(days or {})}
         Repository.create(folder / "fleet", folder / "keys", thresholds or {}, files, lasting)
         told = {"format": STATE, "store": store, "policy": str(Path(policy).absolute())}
@@ -122,18 +139,35 @@ class Desk:
         found: dict[str, Merged] = {}
         with self.place.alone():
             seen = self._seen()
-            robots = self.repository.targets(ROBOTS)
-            for name in self.repository.robots():
+            robots, revoked = self.repository.targets(ROBOTS), self.repository.revoked()
+            for name, data in self._lists([*self.repository.robots(), *revoked]):
                 merged = Merged()
                 try:
-                    data = self.store.read(f"uploads/{name}/list.json", MOST_LIST)
+                    if isinstance(data, RefusedError):
+                        raise data
                     if data is None or content_name(data) == seen.get(name, {}).get("list"):
                         continue
+                    if name in revoked:
+                        raise RefusedError(f"upload of {name}: it was revoked; nothing that it tells is read")
                     self._collect(name, data, robots, seen, merged, progress)
                 except RefusedError as error:
                     self.place.refuse(merged, f"upload of {name}", name, str(error))
                 found[name] = merged
         return found
+
+    def _lists(self, names: Sequence[str]) -> Iterator[tuple[str, bytes | RefusedError | None]]:
+        """Each robot's list, None if there is none, or why it is not read; some at a time, as a store may be far."""
+
+        def read(name: str) -> bytes | RefusedError | None:
+            try:
+                return self.store.read(f"uploads/{name}/list.json", MOST_LIST)
+            except RefusedError as error:
+                return error
+
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            for start in range(0, len(names), TOGETHER):
+                some = names[start : start + TOGETHER]
+                yield from zip(some, pool.map(read, some), strict=True)
 
     def _collect(
         self, name: str, data: bytes, robots: Targets, seen: dict[str, Any], merged: Merged, progress: Progress
@@ -206,12 +240,12 @@ class Desk:
             )
             targets = self.repository.targets()
             manifest = json.loads(self._content(targets, MANIFEST))
-            seen = {name: [row["version"], row["list"]] for name, row in self._seen().items()}
-            collected = json.dumps(seen, sort_keys=True).encode()
-            files = {COLLECTED: collected} if collected != self._content(targets, COLLECTED) else {}
-            if len(new):
-                files |= self._chunked(manifest, new, events)
-                kept = {MANIFEST, COLLECTED, *manifest["base"]["files"], *(f for d in manifest["deltas"] for f in d[1])}
+            told = self._receipts(manifest)
+            files = self._chunked(manifest, new, events) if len(new) else {}
+            current = {**told, MANIFEST: json.dumps(manifest).encode()}
+            files |= {name: data for name, data in current.items() if not _is(targets.targets.get(name), data)}
+            if files:
+                kept = {*current, *manifest["base"]["files"], *(f for d in manifest["deltas"] for f in d[1])}
                 targets.targets = {name: target for name, target in targets.targets.items() if name in kept}
             self.repository.publish(targets if files else None, files=files)
             if len(new):
@@ -226,8 +260,18 @@ class Desk:
             "bytes": sent,
         }
 
+    def _receipts(self, manifest: dict[str, Any]) -> dict[str, bytes]:
+        """The files of receipts; the manifest says how many there are, if more than one."""
+        seen = {name: [row["version"], row["list"]] for name, row in self._seen().items()}
+        if len(seen) > SHARING * manifest.get("receipts", 1):
+            manifest["receipts"] = math.ceil(len(seen) / SHARING)
+        files: dict[str, dict[str, Any]] = {name: {} for name in receipts(manifest)}
+        for robot in sorted(seen):
+            files[receipts_of(robot, manifest)][robot] = seen[robot]
+        return {name: json.dumps(told).encode() for name, told in files.items()}
+
     def _chunked(self, manifest: dict[str, Any], new: Items, events: Items) -> dict[str, bytes]:
-        """Chunks of what is new, and the manifest brought up to date."""
+        """Chunks of what is new; the manifest is brought up to date."""
         number = manifest["sequence"] = manifest["sequence"] + 1
         manifest["experts"] += len(new.experts)
         files = {f"delta-{number}-{k}": data for k, data in enumerate(chunks(self.place.identity, new))}
@@ -239,7 +283,7 @@ class Desk:
             files |= {f"base-{number}-{k}": data for k, data in base}
             manifest["base"] = {"sequence": number, "files": sorted(name for name in files if name.startswith("base"))}
             manifest["deltas"] = manifest["deltas"][-(MOST_DELTAS // 2) :]
-        return {**files, MANIFEST: json.dumps(manifest).encode()}
+        return files
 
     def _content(self, targets: Targets, name: str) -> bytes:
         path = self.folder / "fleet" / "targets" / targets.targets[name].get_prefixed_paths()[0]
@@ -289,6 +333,10 @@ def _manifest(identity: Identity, tolerance: NDArray[np.float64]) -> dict[str, A
         "base": {"sequence": 0, "files": []},
         "deltas": [],
     }
+
+
+def _is(target: TargetFile | None, data: bytes) -> bool:
+    return target is not None and target.hashes["sha256"] == content_name(data)
 
 
 def _formal(record: bytes) -> bool:

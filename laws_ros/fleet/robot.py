@@ -28,11 +28,11 @@ from laws_ros.runtime.takeovers import HISTORY
 
 from . import corrections
 from .corrections import ROBOT
-from .desk import COLLECTED, FORMAT, MANIFEST, MOST_UPLOADS
+from .desk import FORMAT, MANIFEST, MOST_UPLOADS, receipts_of
 from .items import MOST_CHUNK, Items, chunks, content_name, decode, tombstone
 from .place import FLEET, STATE, Merged, Place, Progress, readable
 from .store import Fetcher, Store
-from .trust import ROBOTS, new_key, public_text, read_keys, told, upload
+from .trust import ROBOTS, UPLOAD_DAYS, new_key, now, public_text, read_keys, told, upload
 
 MOST_BYTES = 64 << 20  # that wait to be told
 MOST_TARGETS = 1 << 20  # bytes of metadata that lists targets
@@ -165,7 +165,9 @@ class Robot:
                     sent, size = sent + 1, size + row["bytes"]
                     self._save("push.json", state)
             names = [row["sha"] for row in waiting]
-            if names != state["listed"]:
+            # signed long ago, or by a clock that has been set since: a list that may have expired
+            age_s = abs(now().timestamp() - state.get("signed", 0.0))
+            if names != state["listed"] or (names and age_s > UPLOAD_DAYS * 86400 / 2):
                 state["version"] += 1  # saved before anybody sees it, so that none is used twice
                 for row in waiting:
                     row["version"] = row["version"] or state["version"]
@@ -173,6 +175,7 @@ class Robot:
                 signer = next(iter(read_keys([self.fleet / "key"]).values()))
                 data = upload(self.name, signer, state["version"], {row["sha"]: self._waiting(row) for row in waiting})
                 state["lists"][str(state["version"])] = content_name(data)
+                state["signed"] = now().timestamp()
                 self._save("push.json", state)
                 self.store.write(f"uploads/{self.name}/list.json", data)
                 size += len(data)
@@ -240,8 +243,7 @@ class Robot:
         client = _Client(self.fleet, self.store)
         manifest = client.manifest(self.place)
         fresh = not (self.folder / HISTORY).is_file()
-        if fresh:
-            self.place.history(np.array(manifest["tolerance"], float)).close()
+        self.place.history(np.array(manifest["tolerance"], float)).close()  # a new one, or one that was not finished
         done = 0 if fresh else self._load("pulled.json", {"sequence": 0})["sequence"]
         merged = Merged()
         for number, names in _missing(manifest, done):
@@ -250,15 +252,16 @@ class Robot:
                 items = decode(data, self.place.identity, f"store {self.store.url}: {name}").items
                 merged += self.place.merge(items, "the fleet", progress)
             self._save("pulled.json", {"sequence": number})
-        self._collected(client)
+        self._collected(client, manifest)
         self.place.settle()
         return Pulled(manifest["sequence"], self.place.switch(), healed, client.read, merged)
 
-    def _collected(self, client: _Client) -> None:
+    def _collected(self, client: _Client, manifest: dict[str, Any]) -> None:
         """What the desk has taken in waits no more."""
         state = self._pushed()
         if state["waiting"]:
-            version, name = json.loads(client.target(COLLECTED, MOST_COLLECTED)).get(self.name, (0, None))
+            found = json.loads(client.target(receipts_of(self.name, manifest), MOST_COLLECTED))
+            version, name = found.get(self.name, (0, None))
             if state["lists"].get(str(version)) == name:
                 for row in [row for row in state["waiting"] if 0 < row["version"] <= version]:
                     self._finish(state, row)

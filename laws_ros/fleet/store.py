@@ -100,9 +100,10 @@ class Store:
         except FileNotFoundError as error:
             # fsspec's HTTP raises this, too, where nobody answers
             cause = error.__cause__
-            if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
+            missing = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404
+            if missing and wanted == "read":
                 raise
-            raise FleetError(f"store {self.url}: cannot be {wanted}: {cause}") from None
+            raise FleetError(f"store {self.url}: cannot be {wanted}: {cause or error}") from None
         except NotImplementedError:
             raise FleetError(f"store {self.url}: cannot be {wanted} by this protocol") from None
         except Exception as error:  # every back end has errors of its own

@@ -43,7 +43,7 @@ TOP = ("root", "targets", "snapshot", "timestamp")
 ROBOTS = "robots"  # the role, delegated by targets, that delegates to every robot what it uploads
 ROLES = (*TOP, ROBOTS)
 DAYS = {"root": 365.0, "targets": 90.0, "robots": 90.0, "snapshot": 14.0, "timestamp": 2.0}  # until metadata expires
-UPLOAD_DAYS = 365.0
+UPLOAD_DAYS = 365.0  # the same for a robot's list
 
 
 def now() -> datetime:
@@ -307,7 +307,14 @@ class Repository:
         if name not in self.robots():
             raise FleetError(f"{name!r} is no robot of this fleet; it has {', '.join(self.robots()) or 'none'}")
         self._forget(robots, name)
+        _write(self.folder / "revoked.json", json.dumps(sorted({*self.revoked(), name})).encode())
         self.publish(robots=robots)
+
+    def revoked(self) -> list[str]:
+        """Names of those that were revoked and may not upload again."""
+        path = self.folder / "revoked.json"
+        found: list[str] = json.loads(path.read_bytes()) if path.is_file() else []
+        return sorted({*found} - {*self.robots()})
 
     def send(self, store: Store) -> int:
         """Bring the store up to date; timestamp.json last. Returns the bytes sent.
@@ -430,7 +437,9 @@ def read_upload(name: str, data: bytes, robots: Targets, seen: int, where: str) 
     if found.type != Targets.type:
         raise RefusedError(f"{where}: signed by {name}, but no list of chunks")
     if found.is_expired():
-        raise RefusedError(f"{where}: expired on {found.expires:%Y-%m-%d}; is an old upload replayed?")
+        raise RefusedError(
+            f"{where}: expired on {found.expires:%Y-%m-%d}: an old upload was replayed, or that robot's clock is wrong"
+        )
     if found.version <= seen:
         raise RefusedError(f"{where}: version {found.version}, {seen} was seen already: an old upload was replayed")
     for path, target in found.targets.items():

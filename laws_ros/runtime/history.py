@@ -298,6 +298,8 @@ class History:
             self._database.executescript(_SCHEMA)
         rows = self._rows("SELECT seq, frame FROM log WHERE kind = 'M' ORDER BY seq LIMIT 1")
         if not rows:
+            if not tolerance and card.decision == "none":  # whoever began it was stopped before this was written
+                raise LibraryError(f"{self.path}: was never finished; pull, or let the robot learn, first")
             meta = {"format": FORMAT, "policy_sha256": policy_sha256, "card": card.to_dict(), "tolerance": tolerance}
             with self._transaction() as database:
                 frame = _frame(_META, json.dumps({**meta, "precision": precision}).encode())
