@@ -129,7 +129,9 @@ def _odd(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Fo
         g_l -= zero
     size = np.fmax(b[::-1], 0.0)  # of -a; 0 for NaN, too
     size += 1.0
-    tangent = _touching_points(node.function).take(np.divide(TABLE - 1, size, out=size).astype(np.int32))
+    # rounded down: a point beyond the one that it should be gives lines that the checker's are not below
+    np.subtract(TABLE - 1, np.divide(TABLE - 1, size, out=size), out=size)
+    tangent = _touching_points(node.function).take(size.astype(np.int32))
     width = high - low
     along = 0.5 + LEAN if touch is None else np.stack([touch[1], 1.0 - touch[0]])
     t = a + along * width
@@ -161,9 +163,9 @@ def _odd(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Fo
 
 @cache
 def _touching_points(function: str) -> Array:
-    """t >= 0 where the tangent passes through (a, f(a)), for a = -u / (1 - u) and u in `TABLE` steps from 1 to 0."""
+    """t >= 0 where the tangent passes through (a, f(a)), for a = -u / (1 - u) and u in `TABLE` steps from 0 to 1."""
     node = Elementwise(0, function, 1)
-    u = np.arange(TABLE)[::-1] / (TABLE - 1.0)
+    u = np.arange(TABLE) / (TABLE - 1.0)
     a = -u / np.maximum(1.0 - u, 1e-3)
     low, high = np.zeros_like(a), 1e-9 - a
     for _ in range(60):
