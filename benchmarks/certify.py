@@ -219,6 +219,10 @@ def _bounds(network: Network, regions: Regions, rows: Floats, batch: int) -> Non
         list(pool.map(lambda part: affine_bounds(network, part, rows), parts))
 
 
+def _on_end(tool: Callable[[], Any]) -> list[Any]:
+    return [tool() for _ in range(ON_END)]
+
+
 def auto_lirpa(case: Case, seed: int) -> dict[str, float] | str:
     """CROWN of auto_LiRPA on a case's first boxes, float64, in turn with `certify` and `affine_bounds` on the same
     boxes; each in its best one of several sizes of a batch, of which a few are computed on end. Torch uses its threads
@@ -250,7 +254,7 @@ def auto_lirpa(case: Case, seed: int) -> dict[str, float] | str:
         crown = partial(model.compute_bounds, x=(box,), method="CROWN")
         many = regions[np.tile(np.arange(count), ON_END * THREADS)]
         tools: dict[str, Callable[[], Any]] = {
-            "theirs": lambda crown=crown: [crown() for _ in range(ON_END)],  # type: ignore[misc]
+            "theirs": partial(_on_end, crown),
             "ours": partial(certify, case.network, many, case.decision, count, threads=THREADS),
             "bounds": partial(_bounds, case.network, many, rows, count),
         }

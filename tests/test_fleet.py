@@ -318,7 +318,10 @@ def test_a_desk_remembers_its_lessons(built, desk, monkeypatch) -> None:
         assert len(made(history, memory=memory)._seen) > len(made(history)._seen) == 0
         for damaged in (b"", whole[:-50], whole.replace(built.policy.sha256[:9].encode("utf-32-le"), bytes(36))):
             memory.write_bytes(damaged)
-            assert len(made(history, memory=memory)._seen) == 0
+            learner, said = made(history, memory=memory), []
+            assert len(learner._seen) == 0
+            learner.learn(progress=said.append)
+            assert any("lessons begin anew" in line and "\n" not in line for line in said)
 
 
 def test_robots_that_missed_many_publications_catch_up(built, desk, monkeypatch) -> None:

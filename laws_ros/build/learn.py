@@ -69,7 +69,7 @@ class Learner:
         most_experts, most_bytes: beyond, those that are expected to save least time are retired (core.retention).
         most_certificates: tried in one round, up to WHOLE times as many over everything; bounds its time.
         memory: a file for the misses that are remembered from round to round, where each round is a process of its own
-            (the fleet's desk); if it is not there, or not of this policy, they are forgotten.
+            (the fleet's desk); if it is damaged or not of this policy they are forgotten, which `learn` tells.
     """
 
     def __init__(
@@ -89,13 +89,16 @@ class Learner:
         self._learnt, self._since = 0, 0  # misses in the last lesson over everything, and since then
         self._quarantine = quarantine_of([], policy.observations)
         self._memory = memory
-        self._recall()
+        self._forgot = self._recall()
 
     def learn(self, now: float | None = None, progress: Callable[[str], None] = lambda text: None) -> Lesson:
         """One round: certify regions around the misses that wait, retire what is not worth its place, and forget them.
 
         An expert that is stored is on the disk before its misses are forgotten, so a crash costs at most double work.
         """
+        if self._forgot:
+            progress(self._forgot)
+            self._forgot = ""
         at = time.time() if now is None else now
         x, _, last = self.history.misses()
         fresh = self._unanswered(x)
@@ -123,16 +126,21 @@ class Learner:
         except OSError as error:
             raise LibraryError(f"{self._memory}: cannot be written: {error.strerror}") from None
 
-    def _recall(self) -> None:
+    def _recall(self) -> str:
+        """Read the memory; what to tell if it is there and cannot be used, so that lessons begin anew."""
         if self._memory is None:
-            return
+            return ""
         try:
             with np.load(self._memory) as file:
-                if str(file["policy"]) == self.policy.sha256:
-                    left, seen, counts = (file[name] for name in ("left", "seen", "counts"))
-                    self._left, self._seen, (self._learnt, self._since) = left, seen, counts.tolist()
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return  # lessons begin anew
+                if str(file["policy"]) != self.policy.sha256:
+                    return f"{self._memory}: misses of another policy; lessons begin anew"
+                left, seen, counts = (file[name] for name in ("left", "seen", "counts"))
+                self._left, self._seen, (self._learnt, self._since) = left, seen, counts.tolist()
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            return f"{self._memory}: damaged ({error}); lessons begin anew"
+        return ""
 
     def publish(self, path: Path) -> Library:
         """Write the library as a snapshot, and go on in its memory, which is that of everyone who opens it."""
