@@ -52,7 +52,7 @@ Floats = NDArray[np.float64]
 BATCH = 64
 POLICIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "policies"  # absent outside the workplace
 CHUNK = 2048  # observations of one forward or backward pass through a policy
-STEPS = 10  # of gradient ascent
+STEPS, JUMPS, RESTARTS = 10, 4, 3  # of gradient ascent: steps, of which to the edge, and starts for a row and sign
 MODELS = Path(__file__).resolve().parents[1] / "models"
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 TURNS, ON_END, BATCHES = 24, 4, (64, 128, 200, 256)  # of auto_LiRPA and `certify`: turns, batches a turn, their sizes
@@ -142,7 +142,8 @@ def worst_seen(
     everywhere = np.repeat(np.arange(len(certificates)), samples)
     for index in np.array_split(everywhere, -(-len(everywhere) // CHUNK)):
         judge(index, scattered(rng, ball[index], 0.5))
-    starts = [k.ravel() for k in np.meshgrid(np.arange(len(certificates)), np.arange(len(rows)), [-1.0, 1.0])]
+    signs = [-1.0, 1.0] * RESTARTS
+    starts = [k.ravel() for k in np.meshgrid(np.arange(len(certificates)), np.arange(len(rows)), signs)]
     for index, row, sign in zip(*(np.array_split(k, -(-len(starts[0]) // CHUNK)) for k in starts), strict=True):
         xi = scattered(rng, ball[index])
         for step in range(STEPS):
@@ -151,7 +152,8 @@ def worst_seen(
             slope = np.einsum("nij,ni->nj", boxes[index], steepest)
             size = np.sqrt(np.where(ball[index], slope * slope, 0.0).sum(axis=1, keepdims=True))
             along = np.where(ball[index], slope / np.maximum(size, 1e-300), np.sign(slope))
-            xi = clamped(xi + along / (step + 1), ball[index])
+            # first to the point of the edge that is farthest along the gradient: errors tend to be largest at edges
+            xi = along if step < JUMPS else clamped(xi + along * 0.8 ** (step - JUMPS), ball[index])
         judge(index, xi)
     return worst
 

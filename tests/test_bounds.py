@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
+from laws_ros.build.verify import Executed
 from laws_ros.core import propagate
 from laws_ros.core.bounds import affine_bounds, ranges
 from laws_ros.core.certificate import limited
@@ -327,14 +328,18 @@ def test_what_does_not_end_in_such_a_clip_keeps_it(tmp_path) -> None:
         assert load_network(other).unlimited(*LIMITS.astype(float)) is None
 
 
+def _with_limits(path: Path) -> Policy:
+    channels = [{"name": n, "low": float(a), "high": float(b)} for n, a, b in zip("ab", *LIMITS, strict=True)]
+    card = {"name": "p", "observations": [{"name": n} for n in "xyz"], "actions": channels}
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(card))
+    return Policy(path)
+
+
 def test_certificates_about_delivered_actions_survive_attack(tmp_path) -> None:
     """And are tighter, since experts and bounds need not bend with the clip."""
     rng = np.random.default_rng(4)
     path = _scaled_clip(tmp_path / "p.onnx")
-    channels = [{"name": n, "low": float(a), "high": float(b)} for n, a, b in zip("ab", *LIMITS, strict=True)]
-    card = {"name": "p", "observations": [{"name": n} for n in "xyz"], "actions": channels}
-    path.with_suffix(".yaml").write_text(yaml.safe_dump(card))
-    policy, network = Policy(path), load_network(path)
+    policy, network = _with_limits(path), load_network(path)
     regions = random_regions(rng, 120, 3, 0.4)
     delivered, plain = certify(network, regions, limits=policy.card.limits), certify(network, regions)
     assert limited(delivered).all() and not limited(plain).any()
@@ -346,3 +351,32 @@ def test_certificates_about_delivered_actions_survive_attack(tmp_path) -> None:
     assert all(checker.verdict(delivered, k) == "holds" for k in range(8))
     shrunk = replace(delivered, bound_offset=0.3 * delivered.bound_offset, bound_weight=0.3 * delivered.bound_weight)
     assert break_certificates(policy, network, shrunk, rng)[1] > 0
+
+
+@pytest.mark.parametrize("width", [0.5, 1.0])
+def test_where_both_are_at_a_limit_nothing_is_left_of_the_error(tmp_path, width: float) -> None:
+    """However far apart they are before; where partly cut, what their ranges leave. And no more than that is proved."""
+    rng = np.random.default_rng(8)
+    path = _scaled_clip(tmp_path / "p.onnx")
+    policy, network = _with_limits(path), load_network(path)
+    free, short = network.unlimited(*LIMITS.astype(float))
+    regions = random_regions(rng, 150, 3, width)
+    delivered, before = certify(network, regions, limits=LIMITS), certify(free, regions)
+    assert (delivered.worst <= before.worst + 1.01 * short).all()
+    less = delivered.worst < 0.9 * before.worst
+    gone, partly = less & (delivered.worst < 1e-5), less & (delivered.worst > 0.01)
+    assert gone.sum() > 10 and partly.sum() > 5 and before.worst[gone].max() > 0.1
+    tried, broken = break_certificates(policy, network, delivered, rng)
+    assert tried > 2000 and broken == 0
+    checker = Checker(network)
+    chosen = np.flatnonzero(less.any(axis=1))[:40]
+    assert sum(checker.verdict(delivered, k) == "holds" for k in chosen) >= 38
+    # claims that fall short of an error that was seen
+    at = np.repeat(chosen, 400)
+    inside, error, _ = Executed(policy, delivered).compare(at, regions.sample(rng, at, 0.5).astype(np.float32))
+    seen = np.zeros(delivered.worst.shape)
+    np.maximum.at(seen, at[inside], error[inside])
+    claims = np.where(seen > 0.01, 0.95 * seen, 10.0)
+    claimed = replace(delivered, bound_weight=0.0 * delivered.bound_weight, bound_offset=claims)
+    lying = [k for k in chosen if (seen[k] > 0.01).any()]
+    assert len(lying) > 10 and all(checker.verdict(claimed, k, 16) == "unknown" for k in lying)

@@ -181,7 +181,7 @@ def normalised(folder: Path, form: str, offset: float, scale: float, epsilon: fl
         assert len(x) > 100
         with np.errstate(all="ignore"):
             box, blur = module._enclose(region.transform[0])
-            proof = Proof(network, checker.matrices, center, box, blur, np.zeros(2), np.ones(2), np.zeros(2, bool))
+            proof = Proof(checker, center, box, blur, {}, np.zeros(2), np.ones(2), np.zeros(2, bool))
             (w, c), (v, d) = proof.above(last, np.eye(2)), proof.above(last, -np.eye(2))
             high, low = x @ w.T + c, x @ v.T + d
         if np.isfinite(high).all() and np.isfinite(low).all():

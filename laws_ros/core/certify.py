@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .bounds import HUGE32, INFLATE, NUMPY, TINY32, Backend, affine_bounds, gamma
 from .certificate import Certificates, Ragged, decision_rows
 from .network import Network
-from .region import UNIT, Regions
+from .region import UNIT, Regions, swing
 
 Array = NDArray[np.float64]
 
@@ -43,7 +43,8 @@ def certify(
         effort, backend: what may be spent per region, and where (core.bounds).
         limits: [2, m] to which actions are cut on delivery, the policy's and the expert's alike. Where the policy ends
             in just such a cut, the certificates are about delivered actions: they bound the policy and the expert
-            before it, which is not bent by it, and cutting both can only bring them nearer.
+            before it, which is not bent by it, as cutting both can only bring them nearer; or, where that is less, how
+            far they can be apart afterwards, which is nothing where both are surely beyond a limit.
         threads: batches at a time, with the same result. For small policies this is what several cores are good for; in
             the products of large ones NumPy uses them itself.
 
@@ -56,8 +57,9 @@ def certify(
     rows = decision_rows(network.outputs, decision)
     if limits is not None and decision == "none" and (found := network.unlimited(*limits.astype(float))):
         whole = certify(found[0], regions, decision, batch, effort, backend, threads=threads)
+        weight, offset = _delivered(whole, limits.astype(float))
         limited = Ragged.of([limits.reshape(-1)] * len(whole), np.float32)
-        return replace(whole, bound_offset=whole.bound_offset + found[1] * INFLATE, floats=limited)
+        return replace(whole, bound_weight=weight, bound_offset=offset + found[1] * INFLATE, floats=limited)
     if len(regions) == 0:
         shape = (0, len(rows), network.inputs)
         expert, bound = np.zeros(shape, np.float32), np.zeros(shape)
@@ -119,3 +121,30 @@ def _in_zeta(form: Array, center: Array, generators: Array) -> Array:
     form_z = form[..., :-1] @ np.concatenate([generators, center[:, :, None]], axis=2)
     form_z[..., -1] += form[..., -1]
     return form_z
+
+
+def _delivered(certificates: Certificates, limits: Array) -> tuple[Array, Array]:
+    """Bounds (weight, offset) of affine certificates about actions cut to limits [2, m]: the given ones, or how far
+    apart policy and expert can be when both are cut, as both are known within a range.
+
+    The policy is within its bound of the expert, so its range is that of expert + bound and expert - bound.
+    """
+    weight, offset = certificates.bound_weight, certificates.bound_offset
+    regions, inputs = certificates.regions, certificates.center.shape[1]
+    generators, _ = regions.generators()
+    expert = np.concatenate([certificates.expert_weight, certificates.expert_bias[..., None]], axis=2).astype(float)
+    reach = np.abs(regions.center) + np.abs(generators) @ np.ones(inputs)
+    size = np.einsum("bri,bi->br", np.abs(expert[..., :-1]), reach) + np.abs(expert[..., -1])
+    with np.errstate(all="ignore"):
+        slope = _in_zeta(expert, regions.center, generators)
+        constant, slope = slope[..., -1], slope[..., :-1]
+        high, low = (sign * swing(slope, regions.ball) for sign in (1.0, -1.0))
+        up, down = (sign * (swing(slope + sign * weight, regions.ball) + offset) for sign in (1.0, -1.0))
+        # what float32 adds to the expert, as in `_certify`; and room for another prover
+        flushed = 2 * (inputs + 3) + np.abs(expert).sum(axis=2) + reach.sum(axis=1)[:, None]
+        room = COURTESY * (up - down) + gamma(inputs + 3) * size + flushed * TINY32
+        ends = [constant + k + s * room for k, s in ((up, 1.0), (down, -1.0), (high, 1.0), (low, -1.0))]
+        up, down, high, low = (np.clip(k, *limits) for k in ends)
+        apart = np.maximum(up - low, high - down) + 1e-9 * size  # far more than this function's own rounding
+        less = np.isfinite(offset) & (apart <= offset)
+    return np.where(less[..., None], 0.0, weight), np.where(less, apart, offset)
