@@ -10,6 +10,7 @@ from onnx import helper
 from laws_ros.build.grow import grow, tighten
 from laws_ros.build.verify import verify
 from laws_ros.core.card import Card, Channel
+from laws_ros.core.checker import Checker
 from laws_ros.core.errors import ConfigError
 from laws_ros.runtime.onnx_graph import load_network
 from laws_ros.runtime.policy import Policy
@@ -125,6 +126,9 @@ def test_bounds_of_parts_are_tighter_and_answer_no_less(tmp_path):
     assert np.nanmedian(found.ratio) < 0.9 * np.nanmedian(before.ratio)
     same, tried = tighten(tight, network, "forward")  # never tighter: given up after the first regions
     assert same.ids == tight.ids and tried <= 64
+    with pytest.MonkeyPatch.context() as patch:  # what is not proved is not taken
+        patch.setattr(Checker, "verdict", lambda self, certificates, index, splits: "unknown")
+        assert tighten(loose, network)[0].ids == loose.ids
 
 
 def test_an_effort_that_is_none_is_refused(arm):

@@ -11,7 +11,8 @@ elsewhere, or it decides, a node's observations are first set apart by which act
 should straddle such a bend (docs/adr/0007-arm-sort.md).
 
 All of that is done with cheap bounds. In the end the regions that are left are certified once more, with a dearer
-effort, unless that hardly shrinks the bounds of this policy (docs/adr/0019-tight-and-checkable.md).
+effort, where the checker proves that; unless it hardly shrinks the bounds of this policy
+(docs/adr/0019-tight-and-checkable.md).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from laws_ros.core.bounds import parts_of
 from laws_ros.core.certificate import Certificates, decision_pairs, decision_rows
 from laws_ros.core.certify import certify
+from laws_ros.core.checker import Checker
 from laws_ros.core.library import Library
 from laws_ros.core.network import Network
 from laws_ros.core.region import Regions, swing
@@ -45,6 +47,7 @@ LARGE_POLICY = 1_000_000  # of whose parameters there are more than this, in bat
 SEARCH = "backward"  # effort of bounds (core.bounds) while searching
 TIGHT = "split:4"  # effort of the bounds that a library is best kept with
 PAYS = 0.9  # bounds must typically shrink to this, or the dearer effort is given up after the first BATCH of regions
+HALVINGS = 32  # of a region, after which the checker has not proved a dearer bound; `laws verify` tries more
 MARGIN = 1.05  # boxes are a little larger than the observations that made them
 LARGE = 64  # a node with fewer observations borrows a little of its last larger ancestor's covariance:
 PRIOR = 0.1  # as if it had this many observations more, and they that covariance
@@ -154,8 +157,8 @@ def tighten(
     progress: Callable[[str], None] = lambda text: None,
     workers: Workers = HERE,
 ) -> tuple[Library, int]:
-    """The same regions with certificates of a dearer effort where these are smaller at their largest and answer all
-    that the old ones do (of a decision: are nowhere larger); and how many were tried.
+    """The same regions with certificates of a dearer effort where these are smaller at their largest, answer all that
+    the old ones do (of a decision: are nowhere larger), and the checker proves them; and how many were tried.
 
     The kind `linear` only. Given up after the first BATCH of them whose bounds do not typically shrink to PAYS.
 
@@ -165,6 +168,7 @@ def tighten(
     parts_of(effort)
     decision = library.card.decision
     certifier = _Certifier(network, decision, library.card.limits if decision == "none" else None)
+    prover = _Prover(network, decision)
     unit = np.maximum(library.tolerance, 1e-300) if decision == "none" else 1.0
     certificates, gains, tried = library.certificates, np.zeros(0), 0
     todo = np.flatnonzero(certificates.among(["linear"]))
@@ -178,8 +182,11 @@ def tighten(
         more = new.bound_offset - old.bound_offset + swing(new.bound_weight - old.bound_weight, old.regions.ball)
         as_good = (more <= 0.0).all(axis=1) | ((after <= 1.0).all(axis=1) & (decision == "none"))
         better = np.flatnonzero(as_good & (after.max(axis=1) < before.max(axis=1)))
+        proofs = workers.map(prover, [new[better[part]] for part in _parts(len(better), certifier)])
+        better = better[np.concatenate(list(proofs))]
         certificates = _replaced(certificates, some[better], new[better])
-        gains = np.append(gains, after.max(axis=1) / before.max(axis=1))
+        gains = np.append(gains, np.ones(len(some)))
+        gains[start + better] = (after.max(axis=1) / before.max(axis=1))[better]
         progress(f"{start + len(some)} of {len(todo)} regions bounded by {effort}")
         if not np.nanmedian(gains) < PAYS:
             break
@@ -215,6 +222,18 @@ class _Certifier:
         regions, effort = item
         limits = self.limits
         return certify(self.network, regions.brief(), self.decision, self.batch, effort, limits=limits).brief()
+
+
+class _Prover:
+    """Which certificates the checker proves, for whoever works on them."""
+
+    def __init__(self, network: Network, decision: str) -> None:
+        self.network, self.decision = network, decision
+
+    def __call__(self, certificates: Certificates) -> NDArray[np.bool_]:
+        checker = Checker(self.network, self.decision)
+        found = (checker.verdict(certificates, k, HALVINGS) == "holds" for k in range(len(certificates)))
+        return np.fromiter(found, bool, len(certificates))
 
 
 class _Grower:
