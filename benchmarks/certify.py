@@ -55,7 +55,8 @@ CHUNK = 2048  # observations of one forward or backward pass through a policy
 STEPS, JUMPS, RESTARTS = 10, 4, 3  # of gradient ascent: steps, of which to the edge, and starts for a row and sign
 MODELS = Path(__file__).resolve().parents[1] / "models"
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-TURNS, ON_END, BATCHES = 24, 4, (64, 128, 200, 256)  # of auto_LiRPA and `certify`: turns, batches a turn, their sizes
+TURNS, ON_END = 24, 4  # of auto_LiRPA and `certify`: turns, batches in a turn
+BATCHES = (64, 128, 200, 256, 400)  # and their sizes
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ def test_relaxations_enclose_their_function(function: str, low: float, width: fl
     assert (found.slope_low * z + found.low <= node(z) + slack).all()
     assert (found.slope_high * z + found.high >= node(z) - slack).all()
     assert (found.bottom <= node(z)).all() and (node(z) <= found.top).all()
+    assert all((2 * found.size >= abs(k)).all() for k in (found.slope_low * z, found.slope_high * z, *found[1:4:2]))
+    if node.facts.shape(node.parameters) == "odd":  # what core.propagate takes for granted
+        assert min(found.slope_low, found.slope_high) >= 0.0
 
 
 @pytest.mark.parametrize(
@@ -204,7 +207,7 @@ def test_what_a_part_of_a_ball_reaches_is_no_less_than_what_its_points_do(seed: 
     inside = zeta[(np.abs(zeta - middle) <= width).all(axis=1)]
     slope = rng.normal(size=box + n)
     cut = propagate.Cut(np.where(ball, middle, 0.0)[None], (ball / width)[None], np.zeros(1))
-    found = float(cut.reach(np, (slope * width)[None, None])[0, 0])
+    found = float(cut.reach(np, (slope * width)[None, :, None])[0, 0])
     assert (((inside - middle) @ slope) <= found).all() and len(inside)
     whole = np.linalg.norm(slope[ball]) - slope[ball] @ middle[ball] + np.abs(slope * width)[~ball].sum()
     assert found <= whole + 1e-9

@@ -179,17 +179,16 @@ def tighten(
         new = Certificates.join(list(workers.map(certifier, items)))
         tried += len(some)
         before, after = (k.worst / unit for k in (old, new))
+        gains = np.append(gains, after.max(axis=1) / before.max(axis=1))
+        if not np.nanmedian(gains) < PAYS:
+            break
         more = new.bound_offset - old.bound_offset + swing(new.bound_weight - old.bound_weight, old.regions.ball)
         as_good = (more <= 0.0).all(axis=1) | ((after <= 1.0).all(axis=1) & (decision == "none"))
         better = np.flatnonzero(as_good & (after.max(axis=1) < before.max(axis=1)))
         proofs = workers.map(prover, [new[better[part]] for part in _parts(len(better), certifier)])
         better = better[np.concatenate(list(proofs))]
         certificates = _replaced(certificates, some[better], new[better])
-        gains = np.append(gains, np.ones(len(some)))
-        gains[start + better] = (after.max(axis=1) / before.max(axis=1))[better]
         progress(f"{start + len(some)} of {len(todo)} regions bounded by {effort}")
-        if not np.nanmedian(gains) < PAYS:
-            break
     return replace(library, certificates=certificates).indexed(library.trie), tried
 
 

@@ -159,7 +159,7 @@ def _split(network: Network, regions: Regions, rows: Array, parts: int, backend:
         extent = np.where(whole, rest, width[new]) + blur[region[new], None]
         box = generators[region[new]] * extent[:, None, :]
         cut = Cut(middle[new] * ball, ball / extent, np.where(away[:, 0], 1e30, blur[region[new]]))
-        relaxed = Relaxed(network, center, box, "backward", backend, whole, cut if ball.any() else None)
+        relaxed = Relaxed(network, center, box, "backward", backend, whole, cut if ball.any() else None, lean=True)
         bent = np.zeros((len(new), n))
         lines = relaxed.backward(len(relaxed.known) - 1, relaxed.array(rows[None]), bent)
         latest = [center, box, *(backend.host(k) for k in lines), whole.astype(float), *vars(cut).values(), away, bent]
@@ -239,7 +239,7 @@ def _offsets(
         slopes = sign * rest @ box
         moved = swing(slopes, whole > 0.0)
         if cut[1].any():
-            moved = np.minimum(moved, Cut(*cut).reach(np, slopes.transpose(1, 0, 2)).T)
+            moved = np.minimum(moved, Cut(*cut).reach(np, slopes.transpose(1, 2, 0)).T)
         size = _at(np.abs(middle) + np.abs(tilt) + (np.abs(slope) + np.abs(slant))[region], reach)
         pad = 16 * (n + 8) * UNIT * (size + np.abs(constant) + np.abs(half))
         end = _at(rest, center) + constant + sign * (half + moved + pad)

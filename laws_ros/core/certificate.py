@@ -27,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import combinations
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ class Certificates:
 
     def __post_init__(self) -> None:
         count = len(self.center)
-        affine = int(np.prod(self.expert_weight.shape[1:]))
+        affine = prod(self.expert_weight.shape[1:])
         for name, default in (
             ("kind", np.zeros(count, np.uint8)),
             ("cost", np.full(count, affine)),

@@ -82,8 +82,9 @@ def _certify(network: Network, regions: Regions, rows: Array, effort: str, backe
     with np.errstate(all="ignore"):
         expert32 = bounds.middle.astype(np.float32)
         expert = expert32.astype(float)
-        unknown = ~np.isfinite(expert @ np.ones(inputs + 1)) | ~np.isfinite(eps)[:, None]
-        expert32[unknown], expert[unknown] = 0.0, 0.0
+        size = np.abs(expert)
+        total = size @ np.ones(inputs + 1)
+        unknown = ~np.isfinite(total) | ~np.isfinite(eps)[:, None]
         # |policy - expert| <= |middle - expert| + half, both in the region's coordinates, the constants last
         gap = np.concatenate([bounds.half, bounds.middle - expert], axis=1)
         gap = _in_zeta(gap, regions.center, generators)
@@ -92,11 +93,10 @@ def _certify(network: Network, regions: Regions, rows: Array, effort: str, backe
         slope = np.abs(weight) @ ones
         offset = half[..., -1] + rest @ np.ones(inputs + 1)
         reach = np.concatenate([np.abs(regions.center) + np.abs(generators) @ ones, np.ones((len(regions), 1))], axis=1)
-        size = np.abs(expert)
         expert_size = (size @ reach[:, :, None])[..., 0]
-        size = ((size + 2 * np.abs(bounds.middle) + 2 * np.abs(bounds.half)) @ reach[:, :, None])[..., 0]
+        size = 3.001 * expert_size + 2 * (np.abs(bounds.half) @ reach[:, :, None])[..., 0]  # with the middle, twice
         # the expert in float32, denormals rounded, flushed or taken for zero
-        flushed = 2 * (inputs + 3) + np.abs(expert) @ np.ones(inputs + 1) + (reach @ np.ones(inputs + 1))[:, None]
+        flushed = 2 * (inputs + 3) + total + (reach @ np.ones(inputs + 1))[:, None]
         execution = gamma(inputs + 3) * expert_size + flushed * TINY32
         arithmetic = 16 * (inputs + 4) * UNIT * size  # of this function
         routing = slope * eps[:, None]  # the router's xi against the exact one
@@ -105,6 +105,7 @@ def _certify(network: Network, regions: Regions, rows: Array, effort: str, backe
         # Room for another prover, whose lines and rounding differ a little, to agree.
         offset = offset + COURTESY * (slope + np.abs(offset)) + 1e-9 * size
         unknown |= ~np.isfinite(offset) | ~np.isfinite(slope) | ~(expert_size < HUGE32)
+        expert32[unknown] = 0.0
     return Certificates(
         regions.center,
         regions.transform,

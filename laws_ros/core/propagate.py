@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,6 +35,7 @@ Array = NDArray[np.float64]
 
 UNIT32 = 2.0**-24  # unit roundoff of float32
 TINY32 = 2.0**-126  # smallest normal float32: what rounding a denormal, or taking it for zero, changes at most
+SHORT = 1.0 + 2.0**-19  # covers the rounding of short sums of error bounds in float32: up to 30 roundings
 HUGE32 = 2.0**126  # partial sums below this cannot overflow float32
 BACKWARD_SIZE = 128 * 128  # largest weight matrix whose node is worth a backward pass of its own
 EXECUTION_TERMS = 3  # roundings of each summed term itself: a product, and constants that were rounded when read
@@ -86,20 +88,15 @@ class Backend:
     single: str = "float32"
 
 
-class _NumPy126:
-    """NumPy 1.26's namespace, with the standard's names that it lacks."""
+class _NumPy:
+    """NumPy's namespace, with the standard's names that 1.26 lacks; and without a few slow wrappers."""
 
-    concat, permute_dims = staticmethod(np.concatenate), staticmethod(np.transpose)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
-    @staticmethod
-    def astype(x: NDArray[Any], kind: Any) -> NDArray[Any]:
-        return x.astype(kind)
+    def __init__(self) -> None:
+        vars(self).update(vars(np), concat=np.concatenate, permute_dims=np.transpose, astype=np.ndarray.astype)
+        self.all = np.ndarray.all
 
 
-NUMPY = Backend(np if hasattr(np, "permute_dims") else _NumPy126(), lambda x: x, lambda x: x)
+NUMPY = Backend(_NumPy(), lambda x: x, lambda x: x)
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class _Form:
     """constant + middle @ zeta +- (half + tilt @ zeta) encloses a node [n] over B regions.
 
     Attributes:
-        constant, half: [n, B]. middle, tilt: float32 [n, B, d]; tilt is None where it is zero.
+        constant, half: [n, B]. middle, tilt: float32 [n, d, B]; tilt is None where it is zero.
         swing: [n, B] at least the sum over d of |middle| + |tilt|.
     """
 
@@ -157,9 +154,17 @@ class _Known:
     high: Any
     form: _Form | None = None
 
-    def sides(self, xp: Any) -> tuple[Any, Any]:
-        """How far the range reaches above and below zero."""
-        return xp.clip(self.high, 0.0, None), xp.clip(-self.low, 0.0, None)  # NaN stays NaN
+    def sides(self, xp: Any, single: Any) -> tuple[Any, Any]:
+        """Twice the sum and twice the difference of how far the range reaches above and below zero, to 4 roundings
+        (magnitudes are faster than choices; NaN stays NaN)."""
+        low, high = xp.astype(self.low, single), xp.astype(self.high, single)
+        above, below = xp.abs(high), xp.abs(low)
+        reach, apart = high - low, high + low
+        reach += above
+        reach += below
+        apart += above
+        apart -= below
+        return reach, apart
 
 
 @dataclass
@@ -184,8 +189,8 @@ class _Bend:
 
 @dataclass
 class _Slip:
-    """Rounding of an affine node: |executed - exact| <= delta [B, n]; |W| @ |source| + |bias| <= volume [B, n]; and
-    what underflow adds to a product with its matrices [B]."""
+    """Rounding of an affine node: |executed - exact|, and what float64 adds here, <= delta; |W| @ |source| + |bias| <=
+    volume, both float32 [B, n]; and what underflow adds to a product with its matrices [B]."""
 
     delta: Any
     volume: Any
@@ -224,11 +229,11 @@ class Cut:
     blur: Any
 
     def reach(self, xp: Any, x: Any) -> Any:
-        """At least the largest value of x [n, B, d] @ eta, in float64, its rounding included."""
-        slope = x * self.inverse
-        beside = xp.sum(xp.abs(xp.where(self.inverse > 0.0, 0.0 * x, x)), axis=2)
-        room = (self.blur + 8 * (x.shape[-1] + 8) * UNIT) * (xp.sum(xp.abs(slope), axis=2) + beside)
-        return beside + xp.sqrt(xp.sum(slope * slope, axis=2)) - xp.sum(slope * self.middle, axis=2) + room + 2.0**-500
+        """At least the largest value [n, B] of x [n, d, B] . eta, in float64, its rounding included."""
+        ones, slope = xp.ones_like(x[0, :, 0]), x * self.inverse.T
+        beside = ones @ xp.abs(x * (1.0 - xp.astype(self.inverse.T > 0.0, x.dtype)))
+        room = (self.blur + 8 * (x.shape[1] + 8) * UNIT) * (ones @ xp.abs(slope) + beside)
+        return beside + xp.sqrt(ones @ (slope * slope)) - ones @ (slope * self.middle.T) + room + 2.0**-500
 
 
 class Relaxed:
@@ -243,9 +248,10 @@ class Relaxed:
         backend: Backend = NUMPY,
         ball: NDArray[np.bool_] | None = None,
         cut: Cut | None = None,
+        lean: bool = False,
     ) -> None:
         """{center + generators @ zeta}: |zeta| <= 1, and of the columns in `ball` [B, d] the 2-norm, too; what `cut`
-        tells of a part."""
+        tells of a part. `lean`: keep what `bent` of `backward` needs."""
         self.ball = backend.array(ball.astype(float)) if ball is not None and (cut or ball.any()) else None
         self.cut = Cut(*(backend.array(k) for k in vars(cut).values())) if cut else None
         self.network, self.backend, self.xp, self.array = network, backend, backend.xp, backend.array
@@ -258,9 +264,10 @@ class Relaxed:
         self.slips: dict[int, _Slip] = {}
         self.scales: dict[int, _Scale] = {}
         self.leans: dict[int, Any] = {}
-        self.ones: dict[int, Any] = {}
+        self.matrices = {k: _matrices(n, backend) for k, n in enumerate(network.nodes, 1) if isinstance(n, Affine)}
         self.known: list[_Known] = [self._observation()]
-        wanted, alone = _plan(network, effort in ("interval", "forward"))
+        wanted, alone, self.sole = _plan(network, effort in ("interval", "forward"))
+        last = {source: index for index, node in enumerate(network.nodes, start=1) for source in node.sources}
         for index, node in enumerate(network.nodes, start=1):
             if isinstance(node, Affine):
                 known = self._affine(index, node, wanted[index])
@@ -277,15 +284,24 @@ class Relaxed:
                 known.form.constant = 0.5 * (known.low + known.high)
                 known.form.half = (0.5 + 4 * UNIT) * (known.high - known.low) + 4 * UNIT * self.xp.abs(known.low)
             self.known.append(known)
+            # forms go as soon as they have been read: memory that was in use just now is several times faster
+            for source in set(node.sources):
+                form = self.known[source].form
+                if form is not None and last[source] == index:
+                    if lean:
+                        self.leans[source] = form.middle
+                    self.known[source].form = None
 
     def _zeros(self, *shape: int) -> Any:
         return self.array(np.zeros(shape))
 
     def _total(self, x: Any) -> Any:
-        """[n, B] -> [1, B]."""
-        if x.shape[0] not in self.ones:
-            self.ones[x.shape[0]] = self.array(np.ones((1, x.shape[0])))
-        return self.ones[x.shape[0]] @ x
+        """[n, B] -> [1, B], float64."""
+        return self.xp.astype(_ones(self.backend, x.shape[0], x.dtype) @ x, self.xp.float64)  # faster than a sum
+
+    def _narrow(self, x: Any) -> Any:
+        """As the type of what only widens a bound; a number fits any."""
+        return x if isinstance(x, float) else self.xp.astype(x, self.single)
 
     def _tighter(self, low: Any, other: Any) -> Any:
         """The larger one, where it is known."""
@@ -295,11 +311,11 @@ class Relaxed:
         """A float32 observation enters exactly; its form is off by the rounding of its slopes to float32."""
         xp, center = self.xp, self.center.T
         swing = xp.sum(xp.abs(self.generators), axis=2).T
-        columns = xp.permute_dims(self.generators, (1, 0, 2))
+        columns = xp.permute_dims(self.generators, (1, 2, 0))
         below, above = (swing, swing) if self.ball is None else (self._reach(-columns), self._reach(columns))
         slip = 4 * (self.generators.shape[2] + 2) * UNIT * (xp.abs(center) + swing)
         below, above = below + slip, above + slip
-        middle = xp.astype(columns[..., : self.columns], self.single)
+        middle = xp.astype(columns[:, : self.columns], self.single)
         half = xp.maximum(below, above) if self.flat else UNIT32 * swing + self.columns * TINY32
         form = _Form(center, half * INFLATE, middle, None, 0.0 * swing if self.flat else swing * (1.0 + 2 * UNIT32))
         return _Known(center - below, center + above, form)
@@ -313,7 +329,7 @@ class Relaxed:
         TINY32 per operation and, where a factor is taken for zero, times the other factor (`flush`).
         """
         xp, columns = self.xp, self.columns
-        matrices, bias = _matrices(node, self.backend)
+        matrices, bias = self.matrices[index]
         sources = [self.known[s] for s in node.sources]
         depth = sum(m.double.shape[1] if m.dense else 1 for m in matrices) + 2 * len(matrices) + 4
         terms = sum(self._alive(s, m) for s, m in zip(node.sources, matrices, strict=True))
@@ -322,92 +338,94 @@ class Relaxed:
         flushed = flush = self._zeros(1, self.count)
         magnitude = balance = slop = middle = tilt = None
         for source, matrix in zip(sources, matrices, strict=True):
-            above, below = source.sides(xp)
-            reach = above + below
+            reach, apart = source.sides(xp, self.single)
             flushed = flushed + self._total(reach)
-            balance = _plus(balance, _times(matrix.single, xp.astype(above - below, self.single)))
+            balance = _plus(balance, _times(matrix.single, apart))
+            magnitude = _plus(magnitude, _times(matrix.magnitude, reach))
             if not wanted:
-                magnitude = _plus(magnitude, _times(matrix.magnitude, xp.astype(reach, self.single)))
                 continue
             form = source.form
             assert form is not None
-            spread = form.half + relative * form.swing
-            flush = flush + self._total(spread + form.swing)
+            spread = relative * form.swing
+            spread += form.half
+            flush = flush + self._total(spread) + self._total(form.swing)
             middle = _plus(middle, _times(matrix.single, form.middle))
             constant = constant + _times(matrix.double, form.constant)
             if form.tilt is not None:
                 tilt = _plus(tilt, _times(matrix.magnitude, form.tilt))
-            part = _times(matrix.magnitude, xp.astype(xp.stack([reach, spread], axis=1), self.single))
-            magnitude, slop = _plus(magnitude, part[:, 0]), _plus(slop, part[:, 1])
-        grown = xp.where(relative < 0.25, 1.0 + 2.0 * relative, xp.inf) * INFLATE
+            slop = _plus(slop, _times(matrix.magnitude, xp.astype(spread, self.single)))
+        # From here on in place, and in float32, which SHORT pays for: passes over memory are what it costs.
+        grown = self._narrow(_grown(relative, xp))
         mass = TINY32 * (2 * columns + 4) * (2 * depth + sum(m.mass for m in matrices))
-        flush = TINY32 * (flush + flushed) + mass
-        volume = xp.astype(magnitude, xp.float64) * grown  # from here on in place: passes over memory are what it costs
+        flush = self._narrow(SHORT * (TINY32 * (flush + flushed) + mass))
+        single = self._narrow(bias)[:, None]
+        volume = magnitude * (0.5 * grown)
         volume += flush
-        volume += xp.abs(bias)[:, None]
-        largest = xp.abs(balance + bias[:, None])
-        largest += volume * (1.0 + 2.0 * relative)
-        largest *= 0.5 * INFLATE
+        volume += SHORT * xp.abs(single)
+        balance += 2.0 * single
+        largest = xp.abs(balance)
+        largest *= 0.25 * SHORT
+        largest += volume * (0.5 * SHORT * grown)
+        terms = self._narrow(terms)
         delta = sum_error(terms, largest, volume, xp)
+        # The float64 sums here are over `depth` terms, those of the backward pass over node.size: they err by 4 gamma
+        # times `volume`, of which delta is at least 2^-23. (So SHORT alone covers some roundings of the constant, too.)
+        delta *= SHORT * SHORT + 2.0**25 * gamma(float(depth + node.size), UNIT)
         # as executed: each product and sum may be flushed to zero, each factor taken for zero, where it is denormal
-        delta += mass + TINY32 * (2 * terms + 8 + flushed)
-        delta *= INFLATE
+        delta += mass + TINY32 * (2 * terms + 8) + flush
         if not bool(xp.all(volume < HUGE32)):
             delta = xp.where(volume < HUGE32, delta, xp.inf)  # may overflow: nothing can be said
-        # the float64 sums here are over `depth` terms, those of the backward pass over node.size
-        double = (4 * INFLATE * float(gamma(float(depth + node.size), UNIT))) * volume
-        double += INFLATE * delta
-        tiny = 4 * node.size * TINY32 * (self._total(volume) + flushed)[0]
-        self.slips[index] = _Slip(_rows(xp, double), _rows(xp, volume), tiny)
+        tiny = 4 * node.size * TINY32 * (self._total(volume) + flushed + 1.0)[0]
+        self.slips[index] = _Slip(_rows(delta), _rows(volume), tiny)
         if not wanted:
             return _Known(self._zeros(*delta.shape) - xp.inf, self._zeros(*delta.shape) + xp.inf)
         # |constant| <= peak + half: the executed value at zeta = 0 lies in both
-        half = xp.astype(slop, xp.float64) * (grown * INFLATE)
-        half += double
-        half += flush * INFLATE
+        half = slop * grown
+        half += delta
+        half += flush
         return self._ranged(constant, half, middle, tilt)
 
     def _alive(self, index: int, matrix: _Matrix) -> Any:
-        """How many terms of a sum over a node [1, B] are not exactly zero; 1 for a diagonal matrix."""
-        source, ones = self.known[index], 1.0 + self._zeros(1, self.count)
+        """How many terms of a sum over a node are not exactly zero, a number or [1, B]; 1 for a diagonal matrix."""
+        source = self.known[index]
         if not matrix.dense or (index > 0 and _never_zero(self.network.nodes[index - 1])):
-            return ones * (matrix.double.shape[1] if matrix.dense else 1)
+            return float(matrix.double.shape[1] if matrix.dense else 1)
         alive = (source.high != 0.0) | (source.low != 0.0)
         if source.form is not None:
             alive = alive | (source.form.half > 0.0) | (source.form.swing > 0.0)
+        if bool(self.xp.all(alive)):
+            return float(matrix.double.shape[1])
         return self._total(self.xp.astype(alive, self.xp.float64))
 
     def _ranged(self, constant: Any, half: Any, middle: Any, tilt: Any | None) -> _Known:
-        """A form with its swing and range. Sums of float32 magnitudes are too small by a factor of 1 - g at most."""
-        xp, single, tiny = self.xp, 2.0 * gamma(self.columns + 4.0), 4 * self.columns * TINY32
+        """A form with its swing and range. Sums of float32 magnitudes are too small by a factor of 1 - g at most; the
+        rounding of `constant` is part of `half`, which is float32."""
+        xp, single, tiny = self.xp, 2.0 * gamma(self.columns + 8.0), 4 * self.columns * TINY32
         if tilt is None:
             below = above = self._sum(middle)
             swing = below * (1.0 + single)
-            ends = -middle, middle
         else:
-            ends = tilt - middle, tilt + middle
-            below, above = (self._sum(k) for k in ends)
+            below, above = self._sum(tilt - middle), self._sum(tilt + middle)
             swing = below + above
             swing *= 1.0 + 2 * single
         swing += tiny
         if self.ball is not None:
+            ends = (-middle, middle) if tilt is None else (tilt - middle, tilt + middle)
             below, above = (self._reach(k) for k in ends)
-        room = (8 * UNIT) * xp.abs(constant)
-        room += (1.0 + 8 * UNIT) * half
-        room += (8 * UNIT + single) * swing
+        room = single * swing
+        room += SHORT * half
         room += tiny
-        low, high = constant - below, constant + above
-        low -= room
-        high += room
+        low, high = constant - xp.astype(below + room, xp.float64), constant + xp.astype(above + room, xp.float64)
+        half, swing = (xp.astype(k, xp.float64) for k in (half, swing))
         return _Known(low, high, _Form(constant, half, middle, tilt, swing))
 
-    def _sum(self, x: Any) -> Any:
-        """Of magnitudes over the last axis: as a product, several times faster than a sum where that axis is short."""
-        total = self.xp.abs(x) @ self.xp.ones_like(x[(0,) * (x.ndim - 1)])
-        return self.xp.astype(total, self.xp.float64)
+    def _sum(self, x: Any, axis: int = 1) -> Any:
+        """Of magnitudes over one of three axes, the middle or the last: as a product, as `_total`."""
+        ones, x = _ones(self.backend, x.shape[axis], x.dtype)[0], self.xp.abs(x)
+        return ones @ x if axis == 1 else x @ ones
 
     def _reach(self, x: Any) -> Any:
-        """Largest value of x [n, B, d] @ zeta over the regions; errs as `_sum` does, relative to what that gives.
+        """Largest value of x [n, d, B] . zeta over the regions [n, B]; errs as `_sum`, relative to what that gives.
 
         With a ball: the 1-norm over the columns of the box, the 2-norm over those of the ball, in float64, where the
         square of a float32 number does not underflow; that of a float64 number may, which the last term covers.
@@ -415,26 +433,26 @@ class Relaxed:
         if self.ball is None or self.columns == 0:
             return self._sum(x)
         xp = self.xp
-        whole = xp.astype(x, xp.float64)
-        squares = (whole * whole * self.ball) @ xp.ones_like(whole[(0,) * (x.ndim - 1)])
-        own = self._sum(x * xp.astype(1.0 - self.ball, x.dtype)) + xp.sqrt(squares) + x.shape[-1] * 2.0**-511
+        whole, ball = xp.astype(x, xp.float64), self.ball.T
+        squares = _ones(self.backend, x.shape[1], whole.dtype)[0] @ (whole * whole * ball)
+        own = self._sum(x * xp.astype(1.0 - ball, x.dtype)) + xp.sqrt(squares) + x.shape[1] * 2.0**-511
         return own if self.cut is None else xp.minimum(own, self.cut.reach(xp, whole))
 
     def _lines(self, node: Elementwise, low: Array, high: Array, touch: Touch | None = None) -> tuple[_Bend, list[Any]]:
         """The lines of an elementwise node, and what its form needs of them: slopes of both, and its range."""
 
         lines = relax(node, low, high, touch)
-        peak = np.maximum(-low, high)
-        absolute, relative = node.facts.execution(node.parameters)
-        execution = (absolute + (relative * peak if relative else 0.0)) * INFLATE
-        steepest = np.maximum(np.abs(lines.slope_low), np.abs(lines.slope_high))
-        largest = np.maximum(np.abs(lines.low), np.abs(lines.high))
-        mean, bend = 0.5 * (lines.slope_high + lines.slope_low), 0.5 * (lines.slope_high - lines.slope_low)
-        shift, gap = 0.5 * (lines.high + lines.low), lines.high - lines.low
+        absolute, relative = (k * INFLATE for k in node.facts.execution(node.parameters))
+        execution: Any = absolute + relative * np.maximum(-low, high) if relative else absolute
+        mean, bend = lines.slope_high + lines.slope_low, lines.slope_high - lines.slope_low
+        shift, gap = lines.high + lines.low, lines.high - lines.low
+        for half in (mean, bend, shift):
+            half *= 0.5
         # rounding of what is done with these lines, here and (over node.size terms) in the backward pass
         gap *= 0.5 * INFLATE
-        gap += execution
-        gap += (32 * UNIT) * (steepest * peak) + (8 * (node.size + 8) * UNIT) * largest
+        rounding = (16 * (node.size + 12) * UNIT) * lines.size
+        rounding += execution
+        gap += rounding
         if node.function == "relu":  # an inactive one is exactly zero, whatever was padded
             gap = np.where(high <= 0.0, 0.0, gap)
         bent = live = np.full(low.shape[1], float(node.size))
@@ -455,27 +473,29 @@ class Relaxed:
             return known
         assert form is not None
         # upper = a_u (m + h) + b_u, or a_u (m - h) + b_u if a_u < 0; the lower one alike
-        steep_l, steep_u = xp.abs(a_l), xp.abs(a_u)
-        over, under = 0.5 * (steep_u - steep_l), 0.5 * (steep_u + steep_l)
-        steepest = under + xp.abs(over)
+        over, under = bend, mean
+        if node.facts.shape(node.parameters) != "odd" and not bool(xp.all((a_l >= 0.0) & (a_u >= 0.0))):
+            steep_l, steep_u = xp.abs(a_l), xp.abs(a_u)
+            over, under = 0.5 * (steep_u - steep_l), 0.5 * (steep_u + steep_l)
+        steepest = under + xp.abs(over)  # at most twice `under`
         # float32: 3 roundings of products that sum to at most steepest * swing, twice
-        tiny = (8 * TINY32) * (form.swing + self.columns * (steepest + 1.0))
-        if not _never_zero(node):
-            tiny = xp.where(steepest > 0.0, tiny, 0.0)
         swing = steepest * form.swing
+        slack = (8 * UNIT32) * swing
+        slack += (8 * TINY32) * (self._total(form.swing) + self.columns * (self._total(steepest) + 1.0))
+        if not _never_zero(node):
+            slack = xp.where(steepest > 0.0, slack, 0.0)
         constant = mean * form.constant
         constant += over * form.half
         constant += shift
-        half = bend * form.constant
-        half += (under + 32 * UNIT * steepest) * form.half
+        half = ((1.0 + 64 * UNIT) * under) * form.half
+        half += bend * form.constant
         half += gap
-        half += (8 * UNIT32) * swing
-        half += tiny
-        swing *= 1.0 + 8 * UNIT32
-        swing += tiny
-        mean, bend, over, under = (xp.astype(k, self.single)[..., None] for k in (mean, bend, over, under))
+        half += slack
+        swing += slack
+        mean, bend = (xp.astype(k, self.single)[:, None, :] for k in (mean, bend))
         middle, tilt = mean * form.middle, bend * form.middle
         if form.tilt is not None:
+            over, under = (xp.astype(k, self.single)[:, None, :] for k in (over, under))
             middle += over * form.tilt
             tilt += under * form.tilt
         known.form = _Form(constant, half, middle, tilt, swing)
@@ -527,7 +547,7 @@ class Relaxed:
         keep = xp.astype(gap < largest, xp.float64)
         gap = xp.where(gap < largest, gap, largest) + execution
         shift = keep * (rank * n * norm) * u0
-        self.scales[index] = _Scale(s, rank, *(_rows(xp, k) for k in (u0, keep, shift, gap)))
+        self.scales[index] = _Scale(s, rank, *(_rows(k) for k in (u0, keep, shift, gap)))
         # the range: that of u times that of q^-1/2
         steep, gentle, room = least**-0.5, (q0 + above) ** -0.5, execution + double * largest
         bottom = xp.where(source.low < 0.0, source.low * steep, source.low * gentle)
@@ -541,15 +561,15 @@ class Relaxed:
 
         def spread(h: Any) -> Any:
             """|A| h for the matrix A of `_Scale`, whose diagonal is not negative."""
-            more = (slice(None), slice(None)) + (None,) * (h.ndim - 2)
+            more = (slice(None),) + (None,) * (h.ndim - 2)
             return diagonal[more] * h + other[more] * xp.sum(xp.abs(u0)[more] * h, axis=0)
 
         constant = own * form.constant - keep * rank * u0 * self._total(u0 * form.constant) + shift
         swing = (own * form.swing + other * self._total(xp.abs(u0) * form.swing)) * (1.0 + 8 * UNIT32)
         slack = 8 * UNIT32 * swing + 8 * self.columns * TINY32 + 4 * double * spread(form.half)
         middle = xp.astype(form.middle, xp.float64)
-        along = xp.sum(u0[:, :, None] * middle, axis=0)
-        middle = own[:, :, None] * middle - (keep * rank * u0)[:, :, None] * along
+        along = xp.sum(u0[:, None, :] * middle, axis=0)
+        middle = own[:, None, :] * middle - (keep * rank * u0)[:, None, :] * along
         tilt = None if form.tilt is None else xp.astype(spread(xp.astype(form.tilt, xp.float64)), self.single)
         half = spread(form.half) + gap + slack
         known.form = _Form(constant, half, xp.astype(middle, self.single), tilt, swing)
@@ -560,7 +580,7 @@ class Relaxed:
         middle, tilt, constant, half = self.backward(index, rows)
         constant, half = constant + _dot(middle, self.center), half + _dot(tilt, self.center)
         middle, tilt = middle @ self.generators, tilt @ self.generators
-        self.leans[index] = self.xp.permute_dims(middle, (1, 0, 2))
+        self.leans[index] = self.xp.permute_dims(middle, (1, 2, 0))
         # `half` has room for the rounding of these, too
         below, above = (self._swing(k) for k in (tilt - middle, tilt + middle))
         return constant - half - below, constant + half + above
@@ -568,8 +588,8 @@ class Relaxed:
     def _swing(self, x: Any) -> Any:
         """`_reach` of x [B, r, d]: [B, r]."""
         if self.ball is None:
-            return self._sum(x)
-        return self._reach(self.xp.permute_dims(x, (1, 0, 2))).T
+            return self._sum(x, 2)
+        return self._reach(self.xp.permute_dims(x, (1, 2, 0))).T
 
     def forward(self, rows: Array, transform: Array) -> tuple[Any, Any, Any, Any]:
         """As `backward` from the output, but from its form: each function of zeta is given slopes in x, and what that
@@ -585,10 +605,10 @@ class Relaxed:
             if self.flat or slope is None:
                 found.append(self._zeros(self.count, len(rows), inputs))
                 continue
-            slope = xp.permute_dims(_times(of, xp.astype(slope, xp.float64)), (1, 0, 2))
+            slope = xp.permute_dims(_times(of, xp.astype(slope, xp.float64)), (2, 0, 1))
             found.append(slope @ self.array(transform))
             constants[k] = constants[k] - _dot(found[k], self.center)
-            over = over + self._sum(slope - found[k] @ self.generators)
+            over = over + self._sum(slope - found[k] @ self.generators, 2)
             over = over + 16 * (inputs + 8) * UNIT * _dot(xp.abs(found[k]), self.reach)
         return found[0], found[1], constants[0], constants[1] + over * INFLATE
 
@@ -599,7 +619,7 @@ class Relaxed:
 
         Args:
             rows: [1 or B, r, n].
-            bent: [B, n], to which is added how far each axis of the region moves what bends.
+            bent: [B, n], to which is added how far each axis of the region moves what bends (if `lean`).
             trace: filled with the coefficients of every elementwise node.
 
         Returns:
@@ -615,14 +635,19 @@ class Relaxed:
             middle, tilt, terms = pending.pop(index)
             node = nodes[index - 1]
             if isinstance(node, Affine):
-                slip, (matrices, bias) = self.slips[index], _matrices(node, self.backend)
-                constant = constant + middle @ bias
-                half = half + _dot(xp.abs(middle), slip.delta)
+                slip, (matrices, bias) = self.slips[index], self.matrices[index]
+                bias = bias[:, None]
+                constant = constant + _rows_times(middle, bias)[..., 0]
+                half = half + _dot(xp.abs(middle), xp.astype(slip.delta, xp.float64))
                 if tilt is not None:
-                    # a product in float32, of `terms` that are not zero; underflow, also of the coefficients themselves
-                    own = (INFLATE * gamma(terms + 4.0))[:, None] * slip.volume + slip.tiny[:, None]
-                    half = half + tilt @ bias + _dot(xp.abs(tilt), slip.delta + own) + slip.tiny[:, None]
+                    half = half + _rows_times(xp.astype(tilt, xp.float64), bias)[..., 0] + slip.tiny[:, None]
                     tilt = xp.astype(tilt, self.single)
+                    # a product in float32, of `terms` that are not zero, up to 3 roundings in a coefficient and one in
+                    # a weight; underflow, also of the coefficients themselves
+                    own = self._narrow(SHORT * gamma(terms + 4.0))[:, None] * slip.volume
+                    own += slip.delta
+                    own = xp.astype(_dot(xp.abs(tilt), own), xp.float64)
+                    half = half + (1.0 + 2.0 * gamma(node.size + 8.0)) * own
                 found = []
                 for source, matrix in zip(node.sources, matrices, strict=True):
                     product = None if tilt is None else xp.astype(_rows_times(tilt, matrix.single), xp.float64)
@@ -642,19 +667,22 @@ class Relaxed:
                 mean, bend = line.mean[:, None, :], line.bend[:, None, :]
                 constant = constant + _dot(middle, line.shift)
                 if bent is not None:
-                    form = self.known[node.source].form
-                    moved = xp.abs(self.leans[node.source] if form is None else form.middle)
+                    moved = xp.abs(self.leans[node.source])
                     weight = xp.sum(xp.abs(middle), axis=1) * xp.abs(line.bend)
-                    bent += self.backend.host(xp.sum(xp.astype(moved, xp.float64) * weight.T[:, :, None], axis=0))
+                    bent += self.backend.host(xp.sum(xp.astype(moved, xp.float64) * weight.T[:, None, :], axis=0).T)
                 if tilt is None:
                     size = xp.abs(middle)
                     half = half + _dot(size, line.gap)
-                    found = [(node.source, middle * mean, size * bend, line.bent)]
-                    traced = None, size
+                    traced, narrow = (None, size), size
+                    if self.sole[node.source]:  # in float32: its reader pays for the rounding, and here for underflow
+                        half = half + xp.max(size, axis=2) * self.slips[node.source].tiny[:, None]
+                        narrow, bend = self._narrow(size), self._narrow(bend)
+                    found = [(node.source, middle * mean, narrow * bend, line.bent)]
                 else:
-                    over, down, bend = xp.abs(middle + tilt), xp.abs(middle - tilt), 0.5 * bend
+                    over, down, bend = abs(middle + tilt), abs(middle - tilt), 0.5 * bend  # in place, unlike xp.abs
                     under = over + down  # twice what docs/soundness.md calls so
                     over -= down
+                    del down
                     constant = constant + 0.5 * _dot(over, line.gap)
                     half = half + _dot(tilt, line.shift) + 0.5 * _dot(under, line.gap)
                     if trace is not None:
@@ -741,7 +769,7 @@ class Relaxed:
         middle, tilt = [0.0 * corner], [corner]
         for index, node in enumerate(self.network.nodes, start=1):
             if isinstance(node, Affine):
-                matrices, bias = _matrices(node, self.backend)
+                matrices, bias = self.matrices[index]
                 sums = [
                     sum(_times(m.double, of[s].T) for s, m in zip(node.sources, matrices, strict=True)).T
                     for of in (middle, tilt)
@@ -784,8 +812,8 @@ class Relaxed:
                 self.bends[index], _ = self._lines(line.node, line.low, line.high, touch[index])
 
 
-def _plan(network: Network, forward: bool) -> tuple[list[bool], list[bool]]:
-    """Per node: is its form wanted; does it get a backward pass of its own.
+def _plan(network: Network, forward: bool) -> tuple[list[bool], list[bool], list[bool]]:
+    """Per node: is its form wanted; does it get a backward pass of its own; is it affine, with one reader.
 
     Behind one layer of bends, forward and backward bounds are the same; behind more, backward is tighter, but takes a
     product per region. The output gets its backward pass from the caller.
@@ -801,7 +829,9 @@ def _plan(network: Network, forward: bool) -> tuple[list[bool], list[bool]]:
         for source in network.nodes[index - 1].sources:
             affine = source > 0 and isinstance(network.nodes[source - 1], Affine) and not alone[source]
             wanted[source] = wanted[source] or wanted[index] or affine
-    return wanted, alone
+    readers = [source for node in network.nodes for source in node.sources]
+    sole = [False] + [isinstance(n, Affine) and readers.count(k) == 1 for k, n in enumerate(network.nodes, start=1)]
+    return wanted, alone, sole
 
 
 def _never_zero(node: Node) -> bool:
@@ -809,13 +839,25 @@ def _never_zero(node: Node) -> bool:
     return isinstance(node, Elementwise) and node.facts.shape(node.parameters) in ("convex", "odd")
 
 
+@cache
+def _ones(backend: Backend, size: int, kind: Any) -> Any:
+    return backend.xp.astype(backend.array(np.ones((1, size))), kind)
+
+
+def _grown(relative: Any, xp: Any) -> Any:
+    """What a float32 sum of positive terms has to be multiplied by, which errs by `relative` at most."""
+    if isinstance(relative, float):
+        return SHORT * (1.0 + 2.0 * relative) if relative < 0.25 else np.inf
+    return xp.where(relative < 0.25, SHORT * (1.0 + 2.0 * relative), xp.inf)
+
+
 def _plus(a: Any | None, b: Any | None) -> Any | None:
     return b if a is None else a if b is None else a + b
 
 
-def _rows(xp: Any, x: Any) -> Any:
+def _rows(x: Any) -> Any:
     """[n, B] -> [B, n], in that order in memory."""
-    return xp.reshape(xp.reshape(x.T, (-1,)), (x.shape[1], x.shape[0]))
+    return x.T.reshape((-1,)).reshape((x.shape[1], x.shape[0]))
 
 
 def _dot(x: Any, y: Any) -> Any:

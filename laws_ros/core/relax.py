@@ -30,7 +30,7 @@ INFLATE = 1.0 + 1e-9  # covers the rounding of the short sums in which error bou
 
 class Lines(NamedTuple):
     """slope_low z + low <= f(z) <= slope_high z + high, and bottom <= f(z) <= top, for z in an interval, in exact
-    arithmetic."""
+    arithmetic. Twice `size` is at least the magnitude of each slope * z, low and high."""
 
     slope_low: Array
     low: Array
@@ -38,6 +38,7 @@ class Lines(NamedTuple):
     high: Array
     bottom: Array
     top: Array
+    size: Array
 
 
 Touch = tuple[Array, Array]
@@ -53,18 +54,23 @@ def relax(node: Elementwise, low: Array, high: Array, touch: Touch | None = None
     """
     shape = node.facts.shape(node.parameters)
     method = {"bent": _bent, "convex": _convex, "odd": _odd}.get(shape, _any)
-    a_l, b_l, a_u, b_u, ends = method(node, low, high, touch)
+    a_l, b_l, a_u, b_u, ends, size = method(node, low, high, touch)
+    if size is None:
+        size = np.maximum(np.abs(a_l), np.abs(a_u))
+        size *= np.maximum(np.abs(low), np.abs(high))
+        np.maximum(size, np.maximum(np.abs(b_l), np.abs(b_u)), out=size)
     if node.facts.increasing and (node.function == "clip" or min(node.parameters, default=0.0) >= 0.0):
         bottom, top = ends
         if node.function not in ("relu", "clip"):  # these only select
-            room = 16 * UNIT * (1.0 + np.maximum(np.abs(bottom), np.abs(top)))
+            room: Any = 32 * UNIT  # values of an odd one are at most 1
+            if shape != "odd":
+                room = 16 * UNIT * (1.0 + np.maximum(np.abs(bottom), np.abs(top)))
             bottom, top = bottom - room, top + room
     else:
-        steepest, peak = np.maximum(np.abs(a_l), np.abs(a_u)), np.maximum(np.abs(low), np.abs(high))
-        room = 4 * UNIT * (steepest * peak + np.maximum(np.abs(b_l), np.abs(b_u)))
+        room = 8 * UNIT * size
         bottom = np.minimum(a_l * low, a_l * high) + b_l - room
         top = np.maximum(a_u * low, a_u * high) + b_u + room
-    return Lines(a_l, b_l, a_u, b_u, bottom, top)
+    return Lines(a_l, b_l, a_u, b_u, bottom, top, size)
 
 
 def natural(node: Elementwise, low: Array, high: Array) -> Touch:
@@ -76,7 +82,8 @@ def natural(node: Elementwise, low: Array, high: Array) -> Touch:
     return np.full_like(low, 0.5 - lean), np.full_like(low, 0.5 + lean)
 
 
-_Found = tuple[Array, Array, Array, Array, tuple[Array, Array]]  # slope and offset below, above; f at the ends
+# slope and offset below, above; f at the ends; and `Lines.size`, where it is at hand
+_Found = tuple[Array, Array, Array, Array, tuple[Array, Array], Array | None]
 
 
 def _bent(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Found:
@@ -93,8 +100,8 @@ def _bent(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _F
     steep = 8 * UNIT * max(abs(left), abs(right))
     pad = np.where(crossing, steep * np.maximum(high, -low), 0.0)
     if left <= right:
-        return inner, zero, chord, np.maximum(*through) + pad, (f_low, f_high)
-    return chord, np.minimum(*through) - pad, inner, zero, (f_low, f_high)
+        return inner, zero, chord, np.maximum(*through) + pad, (f_low, f_high), None
+    return chord, np.minimum(*through) - pad, inner, zero, (f_low, f_high), None
 
 
 def _convex(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Found:
@@ -108,62 +115,63 @@ def _convex(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> 
     below = node(middle) - tangent * middle
     peak = np.maximum(np.abs(low), np.abs(high))
     size = 16 * UNIT * (1.0 + peak + np.maximum(np.abs(f_low), np.abs(f_high)))  # no slope is above 1
-    return tangent, below - size, chord, above + size, (f_low, f_high)
+    return tangent, below - size, chord, above + size, (f_low, f_high), None
 
 
 def _odd(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Found:
-    """S-shaped: g = f - f(0) is odd, convex below 0 and concave above.
+    """S-shaped: g = f - f(0) is odd, convex below 0 and concave above, and steepest at 0, by less than 1.2.
 
     Upper line over [a, b], with touching point t >= 0: for z >= 0, concavity gives g(z) <= g(t) + g'(t) (z - t), so
-    with slope s, g(z) - s z <= g(t) - s t + (g'(t) - s) (z - t). If s = g'(t), the last term vanishes (its rounding is
-    in the pad); if t = b, it is at most max(0, s - g'(b)) (b - max(a, 0)). For z < 0 convexity puts the largest value
+    with slope s, g(z) - s z <= g(t) - s t + (g'(t) - s) (z - t). The last term vanishes if s = g'(t) (its rounding is
+    in the pad), and is not positive if s <= g'(t) and t = b. For z < 0 convexity puts the largest value
     of g(z) - s z at a or at 0 (or at b), which the above covers. The touching point is the given one, or if the tangent
     there cuts the curve, the point whose tangent meets the curve at a (from a table; an inexact one costs tightness
-    only), or b, if that lies beyond b, with the chord's slope. The lower line is the same, mirrored at (0, f(0)).
+    only), or b, if that lies beyond b, with the chord's slope, which then is less. The lower line is the same, mirrored
+    at (0, f(0)).
     """
     zero = float(node(np.zeros(1))[0])
-    a = np.stack([low, -high])
+    a = np.empty((2, *low.shape))
+    a[0] = low
+    np.negative(high, out=a[1])
     b = -a[::-1]
     g_l = node(a)
     if zero:
         g_l -= zero
-    size = np.fmax(b[::-1], 0.0)  # of -a; 0 for NaN, too
-    size += 1.0
-    # rounded down: a point beyond the one that it should be gives lines that the checker's are not below
-    np.subtract(TABLE - 1, np.divide(TABLE - 1, size, out=size), out=size)
-    tangent = _touching_points(node.function).take(size.astype(np.int32))
+    below = np.abs(a)
+    below -= a
+    below += 2.0  # 2 - 2a before 0
+    np.divide(2.0 * (TABLE - 1), below, out=below)
+    tangent = _touching_points(node.function).take(below.astype(np.int32), mode="clip")  # of NaN: any
     width = high - low
     along = 0.5 + LEAN if touch is None else np.stack([touch[1], 1.0 - touch[0]])
     t = a + along * width
     np.minimum(np.maximum(tangent, t, out=t), b, out=t)
     f_t = node(t)
     slope = node.derivative(t) if node.facts.by_value is None else node.facts.by_value(f_t)
-    chords = tangent >= b
-    chords &= width > NARROW
-    change = (g_l[0] + g_l[1]) / -np.maximum(width, NARROW) - slope  # to the chord's; a product is faster than a choice
-    change *= chords
+    chord = g_l[0] + g_l[1]
+    chord /= width + 1e-300  # 0 where both are 0
+    change = np.minimum(np.abs(chord, out=chord), slope)  # never negative
+    change -= slope
+    change *= tangent >= b  # a product is faster than a choice
     slope += change
     height = f_t
     height -= slope * t
     if zero:
         height -= zero
-    t -= np.maximum(a, 0.0)
-    np.maximum(t, 0.0, out=t)
-    t *= np.maximum(change, 0.0, out=change)
-    height += t
-    room = np.maximum(high, -low)
-    room += 1.0
-    room *= 16 * UNIT
-    np.maximum(g_l - slope * a, height, out=height)
-    height += room
+    size = np.maximum(b[0], b[1])
+    size += 1.0
+    at_a = slope * a
+    np.maximum(np.subtract(g_l, at_a, out=at_a), height, out=height)
+    height += (16 * UNIT) * size
     if zero:
-        return slope[1], zero - height[1], slope[0], zero + height[0], (zero + g_l[0], zero - g_l[1])
-    return slope[1], -height[1], slope[0], height[0], (g_l[0], -g_l[1])
+        return slope[1], zero - height[1], slope[0], zero + height[0], (zero + g_l[0], zero - g_l[1]), size
+    return slope[1], -height[1], slope[0], height[0], (g_l[0], -g_l[1]), size
 
 
 @cache
 def _touching_points(function: str) -> Array:
-    """t >= 0 where the tangent passes through (a, f(a)), for a = -u / (1 - u) and u in `TABLE` steps from 0 to 1."""
+    """t >= 0 where the tangent passes through (a, f(a)), for a = 1 - 1 / u and u in `TABLE` steps from 0 to 1, each
+    the one for the next step: a point beyond the one that it should be gives lines that the checker's are not below."""
     node = Elementwise(0, function, 1)
     u = np.arange(TABLE) / (TABLE - 1.0)
     a = -u / np.maximum(1.0 - u, 1e-3)
@@ -172,7 +180,8 @@ def _touching_points(function: str) -> Array:
         t = 0.5 * (low + high)
         before = node.derivative(t) * (t - a) > node(t) - node(a)
         low, high = np.where(before, t, low), np.where(before, high, t)
-    return np.where(u > 0.0, 0.5 * (low + high), 0.0)
+    found = np.where(u > 0.0, 0.5 * (low + high), 0.0)[::-1]
+    return np.append(found[1:], 0.0)
 
 
 def _any(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Found:
@@ -192,7 +201,7 @@ def _any(node: Elementwise, low: Array, high: Array, touch: Touch | None) -> _Fo
         height = (sign * values - slope * points).max(axis=0)
         lines += [sign * slope, sign * (height + beyond + 8 * UNIT * (np.abs(slope) * peak + top))]
     a_l, b_l, a_u, b_u = lines
-    return a_l, b_l, a_u, b_u, (values[0], values[-1])
+    return a_l, b_l, a_u, b_u, (values[0], values[-1]), None
 
 
 def _grid(node: Elementwise, low: Array, high: Array, intervals: int) -> tuple[Array, Array]:
