@@ -208,3 +208,24 @@ def test_normalisations_are_enclosed_as_executed(form: str, tmp_path: Path, monk
     monkeypatch.setattr(module, "_rounding", lambda terms, unit: 0.0)
     monkeypatch.setattr(module, "_U32", 0.0)
     assert normalised(tmp_path, form, 1e3, 1, 1e-5)[1] > 0  # or the test proves nothing
+
+
+@pytest.mark.parametrize("activation", ["Relu", "LeakyRelu", "Tanh"])
+def test_lines_of_a_larger_region_are_sound_whatever_they_are(activation: str, tmp_path: Path) -> None:
+    """Slopes from elsewhere are used only where any slope is below the function, and only such."""
+    rng, turned = np.random.default_rng(9), 0
+    path = save_mlp(tmp_path / "p.onnx", random_mlp(rng, [3, 24, 24, 2], 1.5), activation)
+    network, policy = load_network(path), Policy(path)
+    checker, last, none = Checker(network), len(network.nodes), np.zeros(3, bool)
+    for _ in range(20):
+        center, radius = rng.normal(size=3), rng.uniform(0.01, 1.0)
+        root = {k: rng.choice([-3.0, 0.0, 0.3, 1.0, 7.0], n.size) for k, n in enumerate(network.nodes, start=1)}
+        box, blur = module._enclose(np.eye(3) / radius)
+        proof = Proof(checker, center, box, blur, root, np.zeros(3), np.ones(3), none)
+        x = (center + 0.999 * radius * rng.uniform(-1, 1, (300, 3))).astype(np.float32)
+        y = policy.batch(x).astype(float)
+        found = [proof.above(last, sign * np.eye(2), lines) for lines in (0, 1) for sign in (1.0, -1.0)]
+        for k, (weight, constant) in enumerate(found):
+            assert ((y if k % 2 == 0 else -y) <= x @ weight.T + constant).all()
+        turned += int((found[0][0] != found[2][0]).any())
+    assert turned == (0 if activation == "Tanh" else 20)

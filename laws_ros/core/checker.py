@@ -313,7 +313,7 @@ class Proof:
             self.below[index] = slope_low
             left, right = node.derivative(np.array([-1.0, 1.0]))
             turned = (low < 0.0) & (high > 0.0) & (left < right) & bool(self.root)
-            below.append(np.where(turned, self.root.get(index, slope_low), slope_low))
+            below.append(np.where(turned, np.clip(self.root.get(index, slope_low), left, right), slope_low))
         steep = np.maximum(np.abs(below).max(axis=0), np.abs(slope_high))
         cost = np.maximum(np.abs(offset_low), np.abs(offset_high))
         pad = executed + 16 * _U64 * (peak * steep + (node.size + 4) * cost)
