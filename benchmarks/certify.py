@@ -300,15 +300,16 @@ def library(path: Path, policy: Path, efforts: list[str], count: int, seed: int)
     tolerance = found.tolerance if decision == "none" else np.ones(len(rows))
     limits = found.card.limits.astype(float) if limited(certificates).any() else None
     before = network.unlimited(*limits) if limits is not None else None
-    network = before[0] if before else network  # certificates about delivered actions bound the policy before its clip
+    free = before[0] if before else network  # certificates about delivered actions know the policy before its clip
     result = []
     for effort in [f"as built ({found.notes.get('effort', 'backward')})", *efforts]:
         say(f"{path.name}: {len(certificates)} of {len(affine)} regions, {effort}")
         start = time.perf_counter()
         if effort in efforts:
-            certificates = certify(network, certificates.regions, decision, BATCH, effort)
+            cut = None if limits is None else found.card.limits
+            certificates = certify(network, certificates.regions, decision, BATCH, effort, limits=cut)
         spent = (time.perf_counter() - start) / len(certificates)
-        seen = worst_seen(network, rows, certificates, 64, seed, limits)
+        seen = worst_seen(free, rows, certificates, 64, seed, limits)
         bound = (certificates.worst / tolerance).max(axis=1)
         result.append(
             {
@@ -317,7 +318,7 @@ def library(path: Path, policy: Path, efforts: list[str], count: int, seed: int)
                 "effort": effort,
                 "certify_us": round(1e6 * spent, 1) if effort in efforts else None,
                 "bound": float(np.median(bound)),
-                "formula": float(np.median((formula(network, rows, certificates, decision) / tolerance).max(axis=1))),
+                "formula": float(np.median((formula(free, rows, certificates, decision) / tolerance).max(axis=1))),
                 "bound_over_worst_seen": float(np.median(bound / (seen / tolerance).max(axis=1))),
             }
         )
