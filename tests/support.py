@@ -137,9 +137,9 @@ def break_certificates(
         with np.errstate(all="ignore"):
             gradient = network.gradient(x, executed.rows[row]) - certificates.expert_weight[index[climb], row]
             slope = sign[:, None] * np.einsum("nij,ni->nj", inverse[index[climb]], gradient)
-        slope = slope - certificates.bound_weight[index[climb], row]
-        far = np.sqrt(np.where(ball[climb], slope * slope, 0.0).sum(axis=1, keepdims=True)) + 1e-300
-        ahead = np.where(ball[climb], slope / far, np.sign(slope))
+            slope = slope - certificates.bound_weight[index[climb], row]
+            far = np.sqrt(np.where(ball[climb], slope * slope, 0.0).sum(axis=1, keepdims=True)) + 1e-300
+            ahead = np.where(ball[climb], slope / far, np.sign(slope))
         xi[climb] = clamped(xi[climb] + ahead / (step + 1), ball[climb])
     x = (certificates.center[index] + np.einsum("nij,nj->ni", inverse[index], xi)).astype(np.float32)
     inside, error, bound = executed.compare(index, x)
