@@ -28,7 +28,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ Floats = NDArray[np.float64]
 BATCH = 64
 POLICIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "policies"  # absent outside the workplace
 CHUNK = 2048  # observations of one forward or backward pass through a policy
-STEPS, JUMPS, RESTARTS = 10, 4, 3  # of gradient ascent: steps, of which to the edge, and starts for a row and sign
+STEPS, JUMPS = 10, (0, 4, 4)  # of gradient ascent: steps, and how many of them, of each start, lead to the edge
 MODELS = Path(__file__).resolve().parents[1] / "models"
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 TURNS, ON_END = 24, 4  # of auto_LiRPA and `certify`: turns, batches in a turn
@@ -143,9 +143,9 @@ def worst_seen(
     everywhere = np.repeat(np.arange(len(certificates)), samples)
     for index in np.array_split(everywhere, -(-len(everywhere) // CHUNK)):
         judge(index, scattered(rng, ball[index], 0.5))
-    signs = [-1.0, 1.0] * RESTARTS
-    starts = [k.ravel() for k in np.meshgrid(np.arange(len(certificates)), np.arange(len(rows)), signs)]
-    for index, row, sign in zip(*(np.array_split(k, -(-len(starts[0]) // CHUNK)) for k in starts), strict=True):
+    starts = [k.ravel() for k in np.meshgrid(np.arange(len(certificates)), np.arange(len(rows)), [-1.0, 1.0])]
+    batches = list(zip(*(np.array_split(k, -(-len(starts[0]) // CHUNK)) for k in starts), strict=True))
+    for jumps, (index, row, sign) in product(JUMPS, batches):
         xi = scattered(rng, ball[index])
         for step in range(STEPS):
             x = judge(index, xi)
@@ -153,8 +153,8 @@ def worst_seen(
             slope = np.einsum("nij,ni->nj", boxes[index], steepest)
             size = np.sqrt(np.where(ball[index], slope * slope, 0.0).sum(axis=1, keepdims=True))
             along = np.where(ball[index], slope / np.maximum(size, 1e-300), np.sign(slope))
-            # first to the point of the edge that is farthest along the gradient: errors tend to be largest at edges
-            xi = along if step < JUMPS else clamped(xi + along * 0.8 ** (step - JUMPS), ball[index])
+            # errors tend to be largest at edges: there, where it is farthest along the gradient
+            xi = along if step < jumps else clamped(xi + along / (step - jumps + 1), ball[index])
         judge(index, xi)
     return worst
 
